@@ -1,0 +1,40 @@
+# Two commands: `make demo` (or `make demo MODEL=path-or-hub-id`) and `make test`. Each sets up .venv by itself.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TYPED := build/typed
+# torch's idle threads sleep instead of spinning: five times as fast where other work shares two cores.
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: demo test lint format clean
+
+demo: .venv/stamp
+	@$(BIN)/python benchmarks/demo.py $(if $(MODEL),"$(MODEL)")
+
+test: lint
+	$(BIN)/pytest -q
+
+# mypy reads an installed wheel, because it cannot follow the mapped folders of an editable install. The old build/ goes
+# first: setuptools would pack the deleted modules that it still finds there.
+lint: .venv/stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@rm -rf build
+	@$(PIP) wheel -qq --no-deps --no-build-isolation -w build .
+	@$(PIP) install -qq --no-deps --no-compile --target $(TYPED) build/*.whl
+	cd $(TYPED) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p compress
+
+format: .venv/stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# torch comes first, at the constrained version, so that no other requirement chooses its version.
+.venv/stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("compress needs Python 3.10 or newer, and $(PYTHON) is %d.%d: run make PYTHON=/path/to/python3" % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+	$(PIP) install -qq -c constraints.txt torch
+	$(PIP) install -qq -c constraints.txt -e '.[dev]'
+	@touch $@

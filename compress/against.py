@@ -1,0 +1,68 @@
+"""`verify --against`: what a compressed directory gives back, weight by weight, beside the model it was made of."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from compress.formats import manifest
+from compress.pipeline import relative_error
+from compress.source import Source
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One tensor of the original: equal bit for bit, or at a relative error; `problem` says what must not be."""
+
+    name: str
+    action: str  # coded, copied, tied
+    equal: bool
+    relative_error: float
+    problem: str | None = None
+
+
+def compare(out: Path, model: Path) -> Iterator[Comparison]:
+    """A line for every tensor of `model`. Raises ValueError where `out` has no manifest."""
+    ledger = manifest.unseal(out / manifest.NAME)["ledger"]
+    original, packed = Source(model), Source(out)
+    for name in original.specs:
+        yield _compare(name, ledger.get(name), original, packed)
+        original.release(name)
+        if name in packed.specs:
+            packed.release(name)
+    for name in ledger.keys() - original.specs.keys():
+        yield Comparison(name, ledger[name]["action"], False, 1.0, "the original does not have it")
+
+
+def _compare(name: str, entry: dict[str, object] | None, original: Source, packed: Source) -> Comparison:
+    if entry is None:
+        return Comparison(name, "absent", False, 1.0, "not accounted for in the manifest")
+    action = str(entry["action"])
+    kept = str(entry["to"]) if action == "tied" else name
+    if kept not in packed.specs:
+        return Comparison(name, action, False, 1.0, f"{kept} is not in the compressed directory")
+    if packed.specs[kept] != original.specs[name]:
+        return Comparison(name, action, False, 1.0, f"{original.specs[name]} became {packed.specs[kept]}")
+    a, b = original.read(name), packed.read(kept)
+    equal = torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) if a.dim() else bool(a == b)
+    error = 0.0 if equal or not a.is_floating_point() else relative_error(_matrix(a), _matrix(b))
+    return Comparison(name, action, equal, error, _problem(action, entry, name, equal, original))
+
+
+def _problem(action: str, entry: dict[str, object], name: str, equal: bool, original: Source) -> str | None:
+    read = entry.get("read", {})
+    assert isinstance(read, dict)
+    for stored, known in read.items():
+        if stored not in original.stored or hashlib.sha256(original.checkpoint.raw(stored)).hexdigest() != known:
+            return "the original is not the one that was compressed"
+    if action != "coded" and not equal:
+        return "should be as in the original and is not"
+    return None
+
+
+def _matrix(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.reshape(1, -1)

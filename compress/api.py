@@ -1,0 +1,100 @@
+"""The Python face of compress; the command line calls the same functions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compress import hub
+from compress.eval.evaluate import Evaluation
+from compress.eval.evaluate import evaluate as run_evaluation
+from compress.eval.report import Report
+from compress.hf import load as load_directory
+from compress.kernels.linear import CompressedLinear
+from compress.prepare import Forecast, Prepared
+from compress.recipe import Rules
+from compress.registry import make
+from compress.run import Options, Progress, Scoring, run
+from compress.scheme import Scheme, Tensors
+
+__all__ = ["Options", "Rules", "Scoring", "decode", "encode", "evaluate", "linear", "load", "plan", "quantize"]
+
+
+def plan(model: str | Path, scheme: str = "int4", *, rules: Rules | None = None, **options: Any) -> Forecast:
+    """Predicts every tensor's bytes from headers alone. options: the scheme's, for example group_size=64.
+
+    Raises ValueError for a model that is no checkpoint, and for rules and options that name nothing known.
+    """
+    return Prepared(model, scheme, options, rules or Rules()).forecast()
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    scheme: str = "int4",
+    *,
+    rules: Rules | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Report:
+    """Compresses a checkpoint (directory or hub id) to `out`, scores it, and returns report.json as an object.
+
+    options: the scheme's (`bits=3`), or those of the run (`seed`, `overwrite`, `shard_size`, `scoring`, `command`: see
+    `Options`). The same call after an interruption goes on where that stopped. Raises ValueError for bad input and
+    OSError where files cannot be written; `out` is then as it was.
+    """
+    own = {key: options.pop(key) for key in list(options) if key in Options.__dataclass_fields__}
+    own.setdefault("command", f"compress.quantize({str(model)!r}, {str(out)!r}, scheme={scheme!r}{_keywords(options)})")
+    prepared = Prepared(model, scheme, options, rules or Rules())
+    return run(prepared, str(model), Path(out), Options(**own), progress)
+
+
+def load(path: str | Path, device: str | torch.device | None = None) -> PreTrainedModel:
+    """The model of a checkpoint (directory or hub id), in eval mode; compressed linears run on our kernels."""
+    return load_directory(hub.local_directory(path), device)
+
+
+def evaluate(model: str | Path, reference: str | Path | None = None, **how: Any) -> Evaluation:
+    """Scores a model, compressed or not, on text and tasks; see `compress.eval.evaluate` for the keywords."""
+    original = None if reference is None else hub.local_directory(reference)
+    return run_evaluation(hub.local_directory(model), original, **how)
+
+
+def encode(weight: Tensor, scheme: str = "int4", **options: Any) -> Tensors:
+    """weight: (out_features, in_features), bfloat16, float16 or float32. Returns the tensors stored, by local name."""
+    return _fitted(weight, scheme, options).encode(weight)
+
+
+def decode(tensors: Tensors, scheme: str = "int4", **options: Any) -> Tensor:
+    """The (out_features, in_features) weight that `encode` made `tensors` of, given the same scheme and options."""
+    made = make(scheme, options)
+    if "weight_shape" in tensors:  # as `encode`, which may have taken a smaller group
+        rows, columns = tensors["weight_shape"].tolist()
+        made = made.fit((rows, columns))
+    return made.decode(tensors)
+
+
+def linear(weight: Tensor, scheme: str = "int4", bias: Tensor | None = None, **options: Any) -> CompressedLinear:
+    """A module that computes x @ weight.T + bias from the packed weight."""
+    fitted = _fitted(weight, scheme, options)
+    parameter = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return CompressedLinear(fitted, (weight.shape[0], weight.shape[1]), fitted.encode(weight), parameter)
+
+
+def _fitted(weight: Tensor, scheme: str, options: dict[str, Any]) -> Scheme:
+    if weight.dim() != 2 or weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(
+            f"weight: a 2-D bfloat16, float16 or float32 tensor is needed, not {weight.dim()}-D {weight.dtype}"
+        )
+    made = make(scheme, options)
+    if not made.lossless and not weight.isfinite().all():
+        raise ValueError(f"weight: holds NaN or infinity, which {scheme} cannot store")
+    return made.fit((weight.shape[0], weight.shape[1]))
+
+
+def _keywords(options: dict[str, Any]) -> str:
+    return "".join(f", {key}={value!r}" for key, value in options.items())

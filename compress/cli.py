@@ -1,0 +1,373 @@
+"""The `compress` command. Heavy imports stay inside the commands, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from compress import __version__
+from compress.registry import SCHEMES, did_you_mean
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+
+class _Group(click.Group):
+    """Suggests the nearest command for an unknown one."""
+
+    def resolve_command(self, context: click.Context, args: list[str]) -> Any:
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            context.fail(f"no command {args[0]!r}{did_you_mean(args[0], self.commands)}")
+        return super().resolve_command(context, args)
+
+
+def reports(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds --json and --debug, and turns what goes wrong into one line on stderr and an exit code."""
+
+    @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, and nothing else there.")
+    @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+    @functools.wraps(command)
+    def wrapped(*args: Any, debug: bool, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except KeyboardInterrupt:
+            _fail("interrupted; the same command goes on from here", INTERRUPTED, debug)
+        except ValueError as error:
+            _fail(str(error), BAD_INPUT, debug)
+        except OSError as error:
+            _fail(_os_message(error), FAILED, debug)
+        except Exception as error:
+            _fail(f"{type(error).__name__}: {error} (--debug shows where)", FAILED, debug)
+
+    return wrapped
+
+
+def _fail(message: str, code: int, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+def _os_message(error: OSError) -> str:
+    where = error.filename or ""
+    if error.strerror is None:
+        return str(error)
+    return f"{where}: {error.strerror}" if where else f"{error.strerror}; what was finished is kept, run it again"
+
+
+def _table(*tables: Any) -> None:
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    for table in tables:
+        console.print(table)
+        console.print()
+
+
+def _emit(document: Any, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(document, indent=1))
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar per stage, with the time it will still take; nothing where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bars:
+        stages: dict[str, TaskID] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in stages:
+                stages[stage] = bars.add_task(stage, total=total)
+            bars.update(stages[stage], completed=done, total=total)
+
+        yield show
+
+
+def _settings(values: tuple[str, ...]) -> dict[str, str]:
+    for value in values:
+        if "=" not in value:
+            raise ValueError(f"--set {value}: write KEY=VALUE, for example --set group_size=64")
+    return dict(value.split("=", 1) for value in values)
+
+
+def _split(tasks: str) -> tuple[str, ...]:
+    return tuple(task.strip() for task in tasks.split(",") if task.strip())
+
+
+def scheme_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What `quantize` and `plan` share: the scheme, its options, and which modules it takes."""
+    for option in (
+        click.option("--exclude", multiple=True, metavar="RULE", help="Leave these modules as they are."),
+        click.option("--include", multiple=True, metavar="RULE", help="Take these modules only."),
+        click.option(
+            "--recipe", type=click.Path(path_type=Path), help="YAML list of rules, each with match and scheme."
+        ),
+        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="An option of the scheme."),
+        click.option(
+            "--scheme", default="int4", show_default=True, metavar="NAME", help=f"One of {', '.join(SCHEMES)}."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def scoring_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What `quantize` and `eval` share: what is scored, and on what."""
+    for option in (
+        click.option("--device", help="Where the models run, for example cuda; the default is the CPU."),
+        click.option("--batch-size", type=click.IntRange(1), help="Windows and requests at a time."),
+        click.option("--limit", type=click.IntRange(1), help="At most so many windows, and items of a task."),
+        click.option("--window", type=click.IntRange(2), help="Tokens; the default is the context, at most 2048."),
+        click.option("--text", multiple=True, metavar="SRC", help="builtin, a .txt or .jsonl file, or a dataset id."),
+        click.option("--include-path", type=click.Path(), help="Directory of your own lm-eval task files."),
+        click.option("--tasks", default="builtin_cloze", show_default=True, help="lm-eval tasks, or '' for none."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
+@click.version_option(__version__, prog_name="compress")
+def main() -> None:
+    """Make a language model's checkpoint smaller, and measure what that cost.
+
+    \b
+    compress quantize MODEL --scheme int4 -o OUT
+    compress eval OUT --reference MODEL
+    """
+
+
+@main.command()
+@click.argument("model")
+@click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, help="Directory to write.")
+@scheme_options
+@click.option("--calibration", metavar="SRC", help="Calibration text, for schemes that use it.")
+@click.option("--seed", default=0, show_default=True, help="Recorded with the result; nothing here is random yet.")
+@click.option("--eval/--no-eval", "score", default=True, help="Score the result against the original.")
+@scoring_options
+@click.option("--shard-size", default="5GB", show_default=True, help="Largest output file.")
+@click.option("--overwrite", is_flag=True, help="Replace the output, when the new one is complete.")
+@reports
+def quantize(
+    model: str,
+    out: Path,
+    scheme: str,
+    settings: tuple[str, ...],
+    recipe: Path | None,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    calibration: str | None,
+    seed: int,
+    score: bool,
+    shard_size: str,
+    overwrite: bool,
+    as_json: bool,
+    **scoring: Any,
+) -> None:
+    """Compress MODEL (a directory or hub id), then score the result.
+
+    \b
+    compress quantize meta-llama/Llama-3.2-1B --scheme int4 -o OUT
+    compress quantize MODEL --scheme int4 --set bits=3 --exclude down_proj -o OUT
+    """
+    from compress import tables
+    from compress.api import Rules, Scoring
+    from compress.api import quantize as run
+
+    if calibration is not None:
+        _refuse_calibration(scheme, calibration)
+    with _progress() as progress:
+        report = run(
+            model,
+            out,
+            scheme,
+            rules=Rules(recipe, include, exclude),
+            scoring=Scoring(**_scoring(scoring)) if score else None,
+            seed=seed,
+            overwrite=overwrite,
+            shard_size=shard_size,
+            command=shlex.join(["compress", *sys.argv[1:]]),
+            progress=progress,
+            **_settings(settings),
+        )
+    _emit(report.to_dict(), as_json)
+    shown = [tables.scores(report.evaluation)] if report.evaluation else []
+    _table(tables.tensors(report.tensors, most=8), tables.run(report), *shown)
+    for note in report.notes:
+        click.echo(f"Note: {note}", err=True)
+    click.echo(f"Wrote {out}", err=True)
+
+
+def _scoring(options: dict[str, Any]) -> dict[str, Any]:
+    return {**options, "tasks": _split(options["tasks"]), "text": options["text"] or ("builtin",)}
+
+
+def _refuse_calibration(scheme: str, source: str) -> None:
+    from compress.eval import text
+
+    text.read([source], split="calibration")  # a file that cannot be read is the more useful thing to hear of
+    raise ValueError(f"scheme {scheme} uses no calibration data; leave out --calibration")
+
+
+@main.command()
+@click.argument("model")
+@scheme_options
+@reports
+def plan(
+    model: str,
+    scheme: str,
+    settings: tuple[str, ...],
+    recipe: Path | None,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Predict the size of every tensor of a compressed MODEL, reading headers only.
+
+    \b
+    compress plan MODEL --scheme int4 --set group_size=32
+    """
+    from compress import tables
+    from compress.api import Rules
+    from compress.api import plan as run
+
+    forecast = run(model, scheme, rules=Rules(recipe, include, exclude), **_settings(settings))
+    lines = [vars(line) for line in forecast.tensors]
+    rules = [{"rule": rule, "modules": count} for rule, count in forecast.plan.rule_counts]
+    extra = {"peak_memory_bytes": forecast.peak_memory_bytes, "rules": rules, "notes": forecast.notes}
+    _emit({"model": model, "scheme": scheme, **forecast.totals, **extra, "tensors": lines}, as_json)
+    _table(tables.tensors(lines), tables.forecast(forecast))
+    for note in forecast.notes:
+        click.echo(f"Note: {note}", err=True)
+
+
+@main.command("eval")
+@click.argument("model")
+@click.option("--reference", metavar="ORIGINAL", help="Compare with this model: KL divergence, top-1 agreement.")
+@scoring_options
+@click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Also write the scores to this file.")
+@reports
+def evaluate(model: str, reference: str | None, out: Path | None, as_json: bool, **scoring: Any) -> None:
+    """Score MODEL, compressed or not: perplexity, bits per byte, lm-eval tasks.
+
+    \b
+    compress eval OUT --reference MODEL --tasks hellaswag,arc_easy --limit 200
+    """
+    from compress import tables
+    from compress.api import evaluate as run
+    from compress.formats.checkpoint import write_text
+
+    with _progress() as progress:
+        evaluation = run(model, reference, **_scoring(scoring), progress=progress).to_dict()
+    _emit(evaluation, as_json)
+    _table(tables.scores(evaluation))
+    if out:
+        write_text(out, json.dumps(evaluation, indent=1) + "\n")
+        click.echo(f"Wrote {out}", err=True)
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@reports
+def inspect(out: Path, as_json: bool) -> None:
+    """Show scheme, shape, size and error of every tensor of a compressed directory.
+
+    \b
+    compress inspect OUT
+    """
+    from compress import tables
+    from compress.run import read_report
+
+    if not (out / "report.json").exists():
+        raise ValueError(f"{out}: no report.json, so it was not written by `compress quantize`")
+    report = read_report(out)
+    _emit(report.to_dict(), as_json)
+    shown = [tables.scores(report.evaluation)] if report.evaluation else []
+    _table(tables.tensors(report.tensors), tables.run(report), *shown)
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--against", metavar="MODEL", help="Also decode every tensor and compare it with the original.")
+@reports
+def verify(out: Path, against: str | None, as_json: bool) -> None:
+    """Check every byte of a compressed directory against its manifest.
+
+    \b
+    compress verify OUT --against MODEL
+    """
+    from compress.formats import manifest
+
+    problems = manifest.verify(out)
+    lines: list[dict[str, Any]] = []
+    if against is not None and not problems:
+        from compress.against import compare
+        from compress.hub import local_directory
+
+        lines = [vars(line) for line in compare(out, local_directory(against))]
+        problems += [f"{line['name']}: {line['problem']}" for line in lines if line["problem"]]
+    _emit({"ok": not problems, "problems": problems, "tensors": lines}, as_json)
+    for line in lines:
+        same = "equal" if line["equal"] else f"relative error {line['relative_error']:.5f}"
+        click.echo(f"{line['name']}: {line['action']}, {same}", err=True)
+    for problem in problems:
+        click.echo(f"Error: {problem}", err=True)
+    if problems:
+        sys.exit(FAILED)
+    click.echo(f"{out} is as it was written", err=True)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--to", "form", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True)
+@click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, help="Directory to write.")
+@click.option("--overwrite", is_flag=True, help="Replace the output, when the new one is complete.")
+@reports
+def export(model: str, form: str, out: Path, overwrite: bool, as_json: bool) -> None:
+    """Write a compressed MODEL as a plain checkpoint that anything loads.
+
+    \b
+    compress export OUT --to bf16 -o PLAIN
+    """
+    from compress.export import export as run
+    from compress.hub import local_directory
+
+    with _progress() as progress:
+        run(local_directory(model), out, form, overwrite, progress=progress)
+    _emit({"wrote": str(out), "form": form}, as_json)
+    click.echo(f"Wrote {out}", err=True)
+
+
+@main.command()
+@reports
+def schemes(as_json: bool) -> None:
+    """List every scheme: what it is, its options, their defaults and allowed values."""
+    from compress import tables
+    from compress.registry import options, scheme_class
+
+    described = [
+        {"name": name, "about": (scheme_class(name).__doc__ or "").split("\n")[0], "options": options(name)}
+        for name in SCHEMES
+    ]
+    _emit(described, as_json)
+    _table(tables.schemes(described))

@@ -1,0 +1,79 @@
+"""`export`: a compressed checkpoint as a plain one that anything loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compress.formats.checkpoint import ShardWriter, write_index, write_text
+from compress.job import Job, check_apart
+from compress.pipeline import SHARD_BYTES, Unit, copy_side_files, shards
+from compress.scheme import Spec
+from compress.source import Source
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def export(
+    model: Path,
+    out: Path,
+    to: str = "bf16",
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> None:
+    """Decodes every weight of `model` and writes it in `to`, one of bf16, fp16, fp32. Integer tensors stay as they are.
+
+    Raises ValueError for an unknown form, and where a value does not fit into fp16.
+    """
+    check_apart(out, model)
+    source = Source(model)
+    dtype = DTYPES[to]
+    group = [Unit(name, (), {name: Spec(_target(spec, dtype), spec.shape)}) for name, spec in source.specs.items()]
+    layout = shards(group, shard_bytes)
+    total, done = sum(unit.bytes for unit in group), 0
+    with Job(out, {"export": str(model.resolve()), "to": to, "files": _identity(model)}, overwrite) as job:
+        files: dict[str, str] = {}
+        for file, part in layout.items():
+            if job.recall(file) is None:
+                _write_shard(job.checkpoint / file, source, part)
+                job.note(file, {})
+            files |= dict.fromkeys((unit.source for unit in part), file)
+            done += sum(unit.bytes for unit in part)
+            if progress:
+                progress("exporting", done, total)
+        if len(layout) > 1:
+            write_index(job.checkpoint, files, total)
+        config = {k: v for k, v in source.config.items() if k not in ("quantization_config", "dtype", "torch_dtype")}
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        write_text(job.checkpoint / "config.json", json.dumps(config, indent=2) + "\n")
+        copy_side_files(model, job.checkpoint)
+        job.finish()
+
+
+def _identity(model: Path) -> list[list[object]]:
+    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(model.iterdir()) if f.is_file()]
+
+
+def _target(spec: Spec, dtype: torch.dtype) -> torch.dtype:
+    return dtype if spec.dtype.is_floating_point else spec.dtype
+
+
+def _write_shard(path: Path, source: Source, part: list[Unit]) -> None:
+    announced = [(name, spec.dtype, spec.shape) for unit in part for name, spec in unit.specs.items()]
+    with ShardWriter(path, announced) as writer:
+        for unit in part:
+            tensor = source.read(unit.source)
+            writer.add(unit.source, _cast(unit.source, tensor, unit.specs[unit.source].dtype))
+            source.release(unit.source)
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = tensor.to(dtype)
+    if dtype == torch.float16 and tensor.numel() and not cast.isfinite().all() and tensor.isfinite().all():
+        raise ValueError(f"{name}: has values that do not fit into fp16; export to bf16 or fp32")
+    return cast

@@ -1,0 +1,74 @@
+"""fp8: weights as float8 E4M3 with a scale per tensor, output channel or 128x128 block. Activations stay as they are.
+
+The compressed-tensors `float-quantized` layout (blocks: `naive-quantized`), as vLLM and transformers read it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from compress.formats import float8
+from compress.scheme import Scheme, Spec, Tensors
+
+BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Fp8(Scheme):
+    """w = weight * weight_scale, with weight in E4M3 (largest value 448) and the scale in the source's dtype."""
+
+    name = "fp8"
+    granularity: Literal["channel", "tensor", "block"] = "channel"
+
+    def specs(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Spec]:
+        return {"weight": Spec(torch.float8_e4m3fn, shape), "weight_scale": Spec(dtype, self._scale_shape(shape))}
+
+    def original(self, specs: Mapping[str, Spec]) -> Spec:
+        return Spec(specs["weight_scale"].dtype, specs["weight"].shape)
+
+    def encode(self, weight: Tensor) -> Tensors:
+        rows, width = weight.shape
+        blocks = {"tensor": (max(1, rows), max(1, width)), "channel": (1, max(1, width)), "block": (BLOCK, BLOCK)}
+        block = blocks[self.granularity]
+        scales = (float8.absmax(weight, *block) / float8.E4M3_MAX).to(weight.dtype)
+        scales[scales == 0] = 1  # an all-zero block, or one so small that its scale underflows
+        return {
+            "weight": float8.to_e4m3(weight, scales, block),
+            "weight_scale": scales.reshape(self._scale_shape((rows, width))),
+        }
+
+    def decode(self, tensors: Tensors) -> Tensor:
+        weight, scales = tensors["weight"], tensors["weight_scale"]
+        decoded = scales.new_empty(weight.shape)
+        for row in range(0, weight.shape[0], BLOCK):
+            chunk = slice(row, row + BLOCK)
+            scale = scales
+            if self.granularity == "channel":
+                scale = scales[chunk]
+            if self.granularity == "block":
+                scale = scales[row // BLOCK].repeat_interleave(BLOCK)[: weight.shape[1]]
+            decoded[chunk] = (weight[chunk].float() * scale.float()).to(decoded.dtype)
+        return decoded
+
+    @property
+    def interchange(self) -> dict[str, Any]:
+        weights = {
+            "num_bits": 8,
+            "type": "float",
+            "symmetric": True,
+            "strategy": self.granularity,
+            "dynamic": False,
+        }
+        if self.granularity == "block":
+            return {"format": "naive-quantized", "weights": {**weights, "block_structure": [BLOCK, BLOCK]}}
+        return {"format": "float-quantized", "weights": weights}
+
+    def _scale_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
+        blocks = (math.ceil(shape[0] / BLOCK), math.ceil(shape[1] / BLOCK))
+        return {"tensor": (1,), "channel": (shape[0], 1), "block": blocks}[self.granularity]

@@ -1,0 +1,105 @@
+"""The plan in other libraries' words: compressed-tensors `quantization_config`, written and read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from compress.fp8 import Fp8
+from compress.int4 import Int4
+from compress.scheme import Scheme
+
+# What compressed-tensors calls its own checkpoints that hold packed weights only, and the version this layout is of.
+VERSION = "0.20.0"
+
+
+def write(schemes: Mapping[str, Scheme], ignore: Iterable[str], experts: bool) -> dict[str, Any]:
+    """The `quantization_config` of modules that all have a compressed-tensors form.
+
+    ignore: linear modules that stay as they are. experts: some modules are experts of a 3-D parameter.
+    """
+    distinct = list(dict.fromkeys(schemes.values()))
+    groups = {}
+    for i, scheme in enumerate(distinct):
+        form = scheme.interchange
+        assert form is not None
+        targets = ["Linear"] if len(distinct) == 1 else [m for m, s in schemes.items() if s == scheme]
+        groups[f"group_{i}"] = {
+            "targets": targets,
+            "format": form["format"],
+            "weights": form["weights"],
+            "input_activations": None,
+            "output_activations": None,
+        }
+    formats = {group["format"] for group in groups.values()}
+    config = {
+        "quant_method": "compressed-tensors",
+        "version": VERSION,
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "ignore": list(ignore),
+        "config_groups": groups,
+        # Ours: `import compress.hf` runs such a checkpoint on our kernels. Others ignore the key.
+        "compress": {"version": 1},
+    }
+    if needs_dequantize(distinct, experts):
+        # transformers reads these two only when it decodes while loading; others ignore the key.
+        config["dequantize"] = True
+    return config
+
+
+def needs_dequantize(distinct: Iterable[Scheme], experts: bool) -> bool:
+    """transformers 5 cannot place packed experts or packed zero points in its modules, only decode them."""
+    return experts or any(isinstance(scheme, Int4) and not scheme.symmetric for scheme in distinct)
+
+
+def read(config: Mapping[str, Any], stored: Iterable[str]) -> dict[str, Scheme]:
+    """module -> Scheme for a weight-only compressed-tensors checkpoint, whoever wrote it.
+
+    stored: the names of its tensors. Raises ValueError for what is not weight-only int or fp8.
+    """
+    groups = [(group["targets"], _scheme(group)) for group in config.get("config_groups", {}).values()]
+    names = set(stored)
+    modules = [name.rpartition(".")[0] for name in sorted(names) if name.endswith(".weight_scale")]
+    schemes = {}
+    for module in modules:
+        if f"{module}.weight_g_idx" in names:
+            raise ValueError(f"{module}: groups in activation order (weight_g_idx) are not supported")
+        scheme = next((s for targets, s in groups if any(_matches(target, module) for target in targets)), None)
+        if scheme is None:
+            raise ValueError(f"quantization_config: no config group targets {module}")
+        schemes[module] = scheme
+    return schemes
+
+
+def read_fp8(config: Mapping[str, Any], stored: Iterable[str]) -> dict[str, Scheme]:
+    """module -> Scheme for transformers' own `fp8` checkpoints: E4M3 with `weight_scale_inv` per 128x128 block."""
+    size = config.get("weight_block_size") or [128, 128]
+    if list(size) != [128, 128]:
+        raise ValueError(f"quantization_config: weight_block_size {size} is not supported, only [128, 128]")
+    return {
+        name.removesuffix(".weight_scale_inv"): Fp8("block") for name in stored if name.endswith(".weight_scale_inv")
+    }
+
+
+def _matches(target: str, module: str) -> bool:
+    if target.startswith("re:"):
+        return re.match(target[3:], module) is not None
+    # A class name: other classes than Linear do not occur in weight-only checkpoints of language models.
+    return target == module or target.endswith(f".{module}") or ("." not in target and target[:1].isupper())
+
+
+def _scheme(group: Mapping[str, Any]) -> Scheme:
+    weights = group["weights"]
+    activations = group.get("input_activations")
+    if activations is not None:
+        raise ValueError("quantization_config: quantized activations are not supported; load it with transformers")
+    kind, strategy, bits = weights["type"], weights["strategy"], weights["num_bits"]
+    if kind == "int" and strategy == "group" and 2 <= bits <= 8 and group.get("format") in (None, "pack-quantized"):
+        return Int4(bits=bits, group_size=weights["group_size"], symmetric=weights["symmetric"])
+    if kind == "float" and bits == 8 and strategy in ("tensor", "channel", "block"):
+        return Fp8(granularity=strategy)
+    raise ValueError(f"quantization_config: {bits}-bit {kind} weights per {strategy} are not supported")

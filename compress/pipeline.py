@@ -1,0 +1,271 @@
+"""Checkpoint in, plan applied one tensor at a time, checkpoint out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.formats.checkpoint import INDEX, PICKLES, SINGLE, ShardWriter, write_index, write_text
+from compress.job import Job
+from compress.planning import Packed, Plan, matrix_shape
+from compress.scheme import Spec
+from compress.source import Source
+
+SHARD_BYTES = 5_000_000_000
+ERROR_VALUES = 1 << 22  # values compared at once
+OTHER_WEIGHTS = {*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".tflite", ".npz"}
+OWN_FILES = {"config.json", INDEX, "compress.json", "report.json", "README.md"}
+
+Progress = Callable[[int, str], None]  # source bytes just done, name of the tensor
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One source tensor and everything that is written for it: stored name -> spec, in file order."""
+
+    source: str
+    modules: tuple[str, ...]  # empty: copied as it is
+    specs: dict[str, Spec]
+
+    @property
+    def bytes(self) -> int:
+        return sum(spec.bytes for spec in self.specs.values())
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """One line of the report: a compressed module, or a tensor that was copied (scheme None)."""
+
+    name: str
+    shape: tuple[int, ...]
+    scheme: str | None
+    bytes: int
+    original_bytes: int
+    bits_per_weight: float
+    relative_error: float | None = None  # |W - W'| / |W|, Frobenius
+    output_error: float | None = None  # needs calibration data
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written: stored tensors, shards (file -> SHA-256 of its header), source hashes, the report's lines."""
+
+    records: dict[str, dict[str, Any]]
+    shards: dict[str, str]
+    source_sha256: dict[str, list[str]]
+    reports: list[dict[str, Any]]
+
+
+def units(source: Source, plan: Plan, tied: dict[str, str]) -> list[Unit]:
+    """Everything that will be written, in source order. tied: source tensors that another one stands for."""
+    modules: dict[str, list[str]] = {}
+    for module, packed in plan.modules.items():
+        modules.setdefault(packed.source, []).append(module)
+    return [
+        _unit(name, spec, tuple(modules.get(name, ())), plan) for name, spec in source.specs.items() if name not in tied
+    ]
+
+
+def _unit(name: str, spec: Spec, modules: tuple[str, ...], plan: Plan) -> Unit:
+    if not modules:
+        return Unit(name, (), {name: spec})
+    specs = {}
+    for module in modules:
+        original = Spec(spec.dtype, matrix_shape(plan.modules[module], spec))
+        specs.update(dict(plan.stored_specs(module, original).values()))
+    if not plan.interchange:
+        specs[name] = Spec(torch.uint8, (0,))  # stops a loader that does not know us
+    return Unit(name, modules, specs)
+
+
+def shards(units: list[Unit], shard_bytes: int) -> dict[str, list[Unit]]:
+    """file name -> what goes into it. A tensor larger than `shard_bytes` gets a file of its own."""
+    groups: list[list[Unit]] = [[]]
+    size = 0
+    for unit in units:
+        if groups[-1] and size + unit.bytes > shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(unit)
+        size += unit.bytes
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def tied_copies(source: Source, tied: dict[str, str], target: Callable[[str], str]) -> dict[str, str]:
+    """Source tensors that repeat, bit for bit, one that the model ties them to: they are written once.
+
+    tied: parameter -> the parameter it shares memory with. target: the parameter of a stored name.
+    """
+    names = {target(name): name for name in source.specs}
+    pairs = {names[a]: names[b] for a, b in tied.items() if a in names and b in names and names[a] != names[b]}
+    return {a: b for a, b in pairs.items() if source.specs[a] == source.specs[b] and _same_bytes(source, a, b)}
+
+
+def _same_bytes(source: Source, a: str, b: str) -> bool:
+    same = torch.equal(source.read(a).view(torch.uint8), source.read(b).view(torch.uint8))
+    source.release(a)
+    source.release(b)
+    return same
+
+
+def write(
+    job: Job,
+    source: Source,
+    plan: Plan,
+    tied: dict[str, str],
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
+) -> Written:
+    """Writes shards, index, config.json and side files to the job's checkpoint directory, going on where it stopped."""
+    layout = shards(units(source, plan, tied), shard_bytes)
+    _check_room(job, sum(unit.bytes for group in layout.values() for unit in group))
+    records: dict[str, dict[str, Any]] = {}
+    headers, hashes, reports = {}, {}, []
+    for file, group in layout.items():
+        done = job.recall(file)
+        if done is None:
+            done = _write_shard(job.checkpoint / file, source, plan, group, progress)
+            job.note(file, done)
+        elif progress:
+            for unit in group:
+                progress(source.specs[unit.source].bytes, unit.source)
+        records.update(done["records"])
+        headers[file] = done["header_sha256"]
+        hashes.update(done["source_sha256"])
+        reports += done["reports"]
+    if len(layout) > 1:
+        names = {name: record["file"] for name, record in records.items()}
+        write_index(job.checkpoint, names, sum(record["bytes"] for record in records.values()))
+    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    if plan.modules:
+        config["quantization_config"] = plan.to_config()
+    write_text(job.checkpoint / "config.json", json.dumps(config, indent=2) + "\n")
+    copy_side_files(source.path, job.checkpoint)
+    return Written(records, headers, hashes, reports)
+
+
+def _write_shard(
+    path: Path, source: Source, plan: Plan, group: list[Unit], progress: Progress | None
+) -> dict[str, Any]:
+    announced = [(name, spec.dtype, spec.shape) for unit in group for name, spec in unit.specs.items()]
+    hashes: dict[str, list[str]] = {}
+    reports: list[dict[str, Any]] = []
+    with ShardWriter(path, announced) as writer, ThreadPoolExecutor(1) as pool:
+        for unit in group:
+            hashing = pool.submit(_source_hashes, source, unit.source)  # beside the encoding
+            reports += [asdict(report) for report in _write_unit(writer, source, plan, unit)]
+            hashes[unit.source] = hashing.result()
+            source.release(unit.source)
+            if progress:
+                progress(source.specs[unit.source].bytes, unit.source)
+    return {
+        "records": writer.records,
+        "header_sha256": writer.header_sha256,
+        "source_sha256": hashes,
+        "reports": reports,
+    }
+
+
+def _source_hashes(source: Source, name: str) -> list[str]:
+    return [hashlib.sha256(source.checkpoint.raw(stored)).hexdigest() for stored in source.backing[name]]
+
+
+def _write_unit(writer: ShardWriter, source: Source, plan: Plan, unit: Unit) -> Iterator[TensorReport]:
+    spec = source.specs[unit.source]
+    if not unit.modules:
+        writer.add(unit.source, source.read(unit.source))
+        weights = math.prod(spec.shape)
+        yield TensorReport(unit.source, spec.shape, None, spec.bytes, spec.bytes, _bits(spec.bytes, weights))
+        return
+    for module in unit.modules:
+        yield _write_module(writer, source, plan, module)
+    if not plan.interchange:
+        writer.add(unit.source, torch.empty(0, dtype=torch.uint8))
+
+
+def _write_module(writer: ShardWriter, source: Source, plan: Plan, module: str) -> TensorReport:
+    packed = plan.modules[module]
+    weight = read_weight(source, packed)
+    _check_finite(weight, module, packed)
+    tensors = packed.scheme.encode(weight)
+    shape = (weight.shape[0], weight.shape[1])
+    planned = plan.stored_specs(module, Spec(weight.dtype, shape))
+    size = 0
+    for local, (name, spec) in planned.items():
+        tensor = tensors[local]
+        if (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
+            raise RuntimeError(f"{name}: planned {spec}, made {tensor.dtype} {tuple(tensor.shape)}")
+        writer.add(name, tensor)
+        size += spec.bytes
+    error = relative_error(weight, packed.scheme.decode(tensors))
+    original = math.prod(shape) * weight.dtype.itemsize
+    return TensorReport(module, shape, packed.scheme.name, size, original, _bits(size, math.prod(shape)), error)
+
+
+def read_weight(source: Source, packed: Packed) -> Tensor:
+    """The (out_features, in_features) weight that `packed` stands for."""
+    weight = source.read(packed.source, packed.index)
+    return weight.T.contiguous() if packed.transposed else weight
+
+
+def _check_finite(weight: Tensor, module: str, packed: Packed) -> None:
+    if packed.scheme.lossless or not weight.numel():
+        return
+    low, high = torch.aminmax(weight)  # one pass, nothing allocated; NaN shows in both
+    if not (math.isfinite(low.item()) and math.isfinite(high.item())):
+        raise ValueError(
+            f"{packed.source}: holds NaN or infinity, which {packed.scheme.name} cannot store; repair the checkpoint, "
+            f"or leave it out with --exclude '{module}'"
+        )
+
+
+def relative_error(weight: Tensor, decoded: Tensor) -> float:
+    """|weight - decoded| / |weight| in float64 sums over chunks, 0 for an all-zero weight that comes back."""
+    rows = max(1, ERROR_VALUES // max(1, weight.shape[-1]))
+    error = norm = 0.0
+    for a, b in zip(weight.split(rows), decoded.split(rows), strict=True):
+        reference = a.float()
+        difference = reference - b.float()
+        error += torch.linalg.vector_norm(difference).item() ** 2
+        norm += torch.linalg.vector_norm(reference).item() ** 2
+    return math.sqrt(error / norm) if norm else math.sqrt(error)
+
+
+def _bits(size: int, weights: int) -> float:
+    return 8 * size / weights if weights else 0.0
+
+
+def _check_room(job: Job, planned: int) -> None:
+    present = sum(path.stat().st_size for path in job.checkpoint.glob("*.safetensors"))
+    free = shutil.disk_usage(job.checkpoint).free
+    if planned - present > free:
+        raise OSError(
+            f"{job.out.parent}: {planned - present:,} more bytes are needed and {free:,} are free; nothing was written"
+        )
+
+
+def copy_side_files(model: Path, out: Path) -> None:
+    """Everything beside the weights: tokenizer, generation config, templates, code. The model's card keeps its text."""
+    for path in sorted(model.rglob("*")):
+        relative = path.relative_to(model)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if not path.is_file() or hidden or path.suffix in OTHER_WEIGHTS or relative.as_posix() in OWN_FILES:
+            continue
+        if path.name.endswith(".index.json") and path.name.split(".")[-3] in ("safetensors", "bin"):
+            continue
+        (out / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, out / relative)
+    if (model / "README.md").exists():
+        shutil.copyfile(model / "README.md", out / "README.original.md")

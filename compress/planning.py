@@ -1,0 +1,202 @@
+"""Plan: which stored weight gets which scheme, resolved once from rules and headers, and written to config.json."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from compress import interchange
+from compress.registry import did_you_mean, make
+from compress.scheme import Scheme, Spec
+from compress.structure import Linear, Structure
+
+VERSION = 1  # of our own layout in config.json
+
+# Local names that stand for another on disk. In our own layout every module stores an empty `weight`, so that a loader
+# that does not know us stops at its shape; a scheme's own `weight` moves aside. transformers' fp8 has its own word.
+ALIASES = {"qweight": "weight", "weight_scale_inv": "weight_scale"}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """pattern: `re:` and a regular expression on module names, or a name or its dotted tail. None: leave as it is."""
+
+    pattern: str
+    scheme: Scheme | None
+    origin: str  # where the user wrote it, for messages
+
+    def matches(self, module: str) -> bool:
+        if self.pattern.startswith("re:"):
+            return re.search(self.pattern[3:], module) is not None
+        return module == self.pattern or module.endswith(f".{self.pattern}")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """How one 2-D weight is stored: `scheme`, and the tensor (or slice `index` of a 3-D one) that it stands for."""
+
+    scheme: Scheme
+    source: str
+    index: int | None = None
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """module -> Packed, in checkpoint order, with what led to it."""
+
+    modules: dict[str, Packed]
+    left: tuple[str, ...] = ()  # stored linear weights that stay as they are
+    paths: dict[str, str] = field(default_factory=dict)  # module -> its name in the model
+    ignore: tuple[str, ...] = ()  # the model's linear modules that stay as they are
+    interchange: bool = False  # compressed-tensors layout; otherwise our own
+    experts: bool = False  # some modules are slices of a 3-D parameter
+    notes: dict[str, str] = field(default_factory=dict)
+    rule_counts: tuple[tuple[str, int], ...] = ()
+
+    def stored_specs(self, module: str, original: Spec) -> dict[str, tuple[str, Spec]]:
+        """local name -> (name in the file, spec) of everything that is written for a module, without the tripwire."""
+        rows, columns = original.shape
+        specs = self.modules[module].scheme.specs((rows, columns), original.dtype)
+        moved = {} if self.interchange else {"weight": "qweight"}
+        return {local: (f"{module}.{moved.get(local, local)}", spec) for local, spec in specs.items()}
+
+    def to_config(self) -> dict[str, Any]:
+        """The `quantization_config` of config.json."""
+        schemes = {module: packed.scheme for module, packed in self.modules.items()}
+        if self.interchange:
+            named = {self.paths.get(module, module): scheme for module, scheme in schemes.items()}
+            return interchange.write(named, self.ignore, self.experts)
+        distinct = list(dict.fromkeys(schemes.values()))
+        return {
+            "quant_method": "compress",
+            "version": VERSION,
+            "schemes": [scheme.to_dict() for scheme in distinct],
+            "modules": {module: distinct.index(scheme) for module, scheme in schemes.items()},
+            "stacked": {m: [p.source, p.index] for m, p in self.modules.items() if p.index is not None},
+            "transposed": [m for m, p in self.modules.items() if p.transposed],
+        }
+
+
+def from_config(config: Mapping[str, Any], stored: Iterable[str]) -> dict[str, Packed]:
+    """module -> Packed of a compressed checkpoint. stored: the names of its tensors."""
+    method = config.get("quant_method")
+    if method == "compress":
+        return _from_own(config)
+    readers = {"compressed-tensors": interchange.read, "fp8": interchange.read_fp8}
+    if method not in readers:
+        raise ValueError(
+            f"it is already compressed with {method!r}; give an uncompressed checkpoint, or one in fp8 or "
+            "compressed-tensors weight-only form"
+        )
+    schemes = readers[method](config, stored)
+    return {module: Packed(scheme, f"{module}.weight") for module, scheme in schemes.items()}
+
+
+def _from_own(config: Mapping[str, Any]) -> dict[str, Packed]:
+    if config.get("version") != VERSION:
+        raise ValueError(
+            f"it has layout version {config.get('version')}, this compress reads {VERSION}; upgrade compress"
+        )
+    schemes = [make(s["scheme"], {k: v for k, v in s.items() if k != "scheme"}) for s in config["schemes"]]
+    stacked, transposed = config.get("stacked", {}), set(config.get("transposed", ()))
+    modules = {}
+    for module, number in config["modules"].items():
+        source, index = stacked.get(module, (f"{module}.weight", None))
+        modules[module] = Packed(schemes[number], source, index, module in transposed)
+    return modules
+
+
+def local_tensors(stored: Mapping[str, Spec], modules: Iterable[str]) -> dict[str, dict[str, str]]:
+    """module -> {local name: name in the file}, leaving out biases and the empty `weight` of our own layout."""
+    found: dict[str, dict[str, str]] = {module: {} for module in modules}
+    for name, spec in stored.items():
+        module, _, local = name.rpartition(".")
+        if module not in found or local == "bias" or (local == "weight" and 0 in spec.shape):
+            continue
+        found[module][ALIASES.get(local, local)] = name
+    return found
+
+
+def resolve(structure: Structure, specs: Mapping[str, Spec], rules: Sequence[Rule], scheme: Scheme) -> Plan:
+    """The first rule that matches a module decides; without one, `scheme` takes every linear but the head.
+
+    specs: shape and dtype of every source tensor. Raises ValueError for a rule that matches nothing, or that splits
+    the experts of one parameter.
+    """
+    linears = structure.linears
+    counts = dict.fromkeys(range(len(rules)), 0)
+    modules: dict[str, Packed] = {}
+    left, notes = [], {}
+    for name, linear in linears.items():
+        hits = [i for i, rule in enumerate(rules) if rule.matches(name)]
+        for i in hits:
+            counts[i] += 1
+        chosen = rules[hits[0]].scheme if hits else (None if linear.head else scheme)
+        spec = specs[linear.source]
+        if chosen is None or 0 in spec.shape or not spec.dtype.is_floating_point:
+            left.append(name)
+            continue
+        shape = matrix_shape(linear, spec)
+        fitted = chosen.fit(shape)
+        if fitted != chosen:
+            notes[name] = f"in_features {shape[1]}: {_difference(chosen, fitted)}"
+        modules[name] = Packed(fitted, linear.source, linear.index, linear.transposed)
+    _check_rules(rules, counts, linears)
+    _check_experts(linears, modules)
+    taken = {linears[module].path for module in modules}
+    return Plan(
+        modules=modules,
+        left=tuple(left),
+        paths={module: linears[module].path for module in modules if linears[module].native},
+        ignore=tuple(path for path in structure.native_paths() if path not in taken),
+        interchange=_can_interchange(linears, modules),
+        experts=any(linears[module].expert is not None for module in modules),
+        notes=notes,
+        rule_counts=tuple((rule.origin, counts[i]) for i, rule in enumerate(rules)),
+    )
+
+
+def matrix_shape(linear: Linear | Packed, spec: Spec) -> tuple[int, int]:
+    """(out_features, in_features) of a weight whose source tensor has `spec`."""
+    rows, columns = spec.shape[-2:]
+    return (columns, rows) if linear.transposed else (rows, columns)
+
+
+def _difference(chosen: Scheme, fitted: Scheme) -> str:
+    before, after = chosen.to_dict(), fitted.to_dict()
+    return ", ".join(f"{key} {before[key]} -> {after[key]}" for key in before if before[key] != after[key])
+
+
+def _check_rules(rules: Sequence[Rule], counts: Mapping[int, int], linears: Mapping[str, Linear]) -> None:
+    for i, rule in enumerate(rules):
+        if counts[i] == 0:
+            tails = [*linears, *{name.rpartition(".")[2] for name in linears}]
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none"
+            raise ValueError(
+                f"{rule.origin}: {rule.pattern!r} matches no linear module{did_you_mean(rule.pattern, tails)}; "
+                f"their names end in {known}"
+            )
+
+
+def _check_experts(linears: Mapping[str, Linear], modules: Mapping[str, Packed]) -> None:
+    wholes: dict[str, set[bool]] = {}
+    for name, linear in linears.items():
+        if linear.expert is not None:
+            wholes.setdefault(linear.path, set()).add(name in modules)
+    for path, states in wholes.items():
+        if len(states) == 2:
+            raise ValueError(f"{path}: a rule takes some of its experts only; take all of them or none")
+
+
+def _can_interchange(linears: Mapping[str, Linear], modules: Mapping[str, Packed]) -> bool:
+    schemes = {packed.scheme for packed in modules.values()}
+    experts = any(linears[module].expert is not None for module in modules)
+    # Where transformers must decode while loading, it takes one scheme for the whole checkpoint.
+    if interchange.needs_dequantize(schemes, experts) and len(schemes) > 1:
+        return False
+    # A slice of a 3-D tensor and GPT-2's Conv1D have no name that compressed-tensors knows.
+    known = all(linears[m].native or (p.index is None and linears[m].expert is not None) for m, p in modules.items())
+    return known and all(scheme.interchange is not None for scheme in schemes)

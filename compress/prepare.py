@@ -1,0 +1,112 @@
+"""From a model and options to a resolved plan and its exact size, reading headers only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress import hub
+from compress.pipeline import TensorReport, tied_copies, units
+from compress.planning import Packed, Plan, matrix_shape, resolve
+from compress.recipe import Rules
+from compress.registry import make
+from compress.scheme import Spec
+from compress.source import Source
+from compress.structure import Structure, build, read_config
+
+WORKING_BYTES = 128 << 20  # chunks of the decoder and of the error measurement, and the header of a shard
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will write: the plan, a line for each tensor, totals, and what a user should know."""
+
+    plan: Plan
+    tensors: list[TensorReport]
+    totals: dict[str, Any]
+    peak_memory_bytes: int  # private memory beside the libraries and the scoring
+    notes: list[str]
+
+
+class Prepared:
+    """A model directory with its plan: what `plan` prints and `quantize` carries out."""
+
+    def __init__(self, model: str | Path, scheme: str, options: Mapping[str, Any], rules: Rules) -> None:
+        self.scheme = make(scheme, options)
+        ruled = rules.read(self.scheme)
+        self.path = hub.local_directory(model)
+        self.source = Source(self.path)
+        config = read_config(self.path)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        self.structure = Structure(build(config), self.source.specs)
+        self.plan = resolve(self.structure, self.source.specs, ruled, self.scheme)
+        self.tied = tied_copies(self.source, self.structure.tied(), lambda name: self.structure.target(name)[0])
+
+    def notes(self) -> list[str]:
+        """What a user should know of the plan."""
+        alike: dict[str, list[str]] = {}
+        for module, note in self.plan.notes.items():
+            alike.setdefault(note, []).append(module)
+        notes = [f"{note} ({modules[0]}{_and_more(modules, 1)})" for note, modules in alike.items()]
+        notes += [f"{copy}: tied to {kept}, stored once" for copy, kept in self.tied.items()]
+        if self.plan.left:
+            named = ", ".join(self.plan.left[:4]) + _and_more(self.plan.left, 4)
+            notes.append(f"linear weights left as they are: {named}")
+        if not self.plan.modules:
+            notes.append("no linear weight was found to compress: the result is a copy")
+        return notes
+
+    def forecast(self) -> Forecast:
+        """Bytes of every tensor, and of the peak."""
+        lines = list(self._lines())
+        totals = summarize([vars(line) for line in lines])
+        return Forecast(self.plan, lines, totals, self._peak(), self.notes())
+
+    def _lines(self) -> Iterable[TensorReport]:
+        for unit in units(self.source, self.plan, self.tied):
+            spec = self.source.specs[unit.source]
+            if not unit.modules:
+                yield _line(unit.source, spec, None, spec.bytes)
+            for module in unit.modules:
+                packed = self.plan.modules[module]
+                matrix = Spec(spec.dtype, matrix_shape(packed, spec))
+                size = sum(stored.bytes for _, stored in self.plan.stored_specs(module, matrix).values())
+                yield _line(module, matrix, packed.scheme.name, size)
+
+    def _peak(self) -> int:
+        return WORKING_BYTES + max((self._working_bytes(packed) for packed in self.plan.modules.values()), default=0)
+
+    def _working_bytes(self, packed: Packed) -> int:
+        """The packed tensors and the decoded copy that their error is measured on; mapped pages are not private."""
+        spec = self.source.specs[packed.source]
+        shape = matrix_shape(packed, spec)
+        copies = 1 + packed.transposed + self.source.is_packed(packed.source)
+        return copies * math.prod(shape) * spec.dtype.itemsize + packed.scheme.bytes(shape, spec.dtype)
+
+
+def _and_more(names: Sequence[str], shown: int) -> str:
+    return f" and {len(names) - shown} more" if len(names) > shown else ""
+
+
+def summarize(tensors: list[dict[str, Any]]) -> dict[str, Any]:
+    """The totals of a report from its lines: bytes, ratio, bits per weight, parameters."""
+    packed = [line for line in tensors if line["scheme"]]
+    original, size = (sum(line[key] for line in tensors) for key in ("original_bytes", "bytes"))
+    parameters, weights = (sum(math.prod(line["shape"]) for line in lines) for lines in (tensors, packed))
+    return {
+        "original_bytes": original,
+        "bytes": size,
+        "ratio": original / size if size else 1.0,
+        "bits_per_weight": 8 * sum(line["bytes"] for line in packed) / weights if weights else None,
+        "bits_per_weight_model": 8 * size / parameters if parameters else 0.0,
+        "parameters": parameters,
+    }
+
+
+def _line(name: str, spec: Spec, scheme: str | None, size: int) -> TensorReport:
+    weights = math.prod(spec.shape)
+    return TensorReport(name, spec.shape, scheme, size, spec.bytes, 8 * size / weights if weights else 0.0)

@@ -1,0 +1,201 @@
+"""`quantize`: prepare, write, score, seal, and give the directory its name."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numba
+import safetensors
+import torch
+import transformers
+
+from compress import __version__, sizes
+from compress.eval.evaluate import evaluate
+from compress.eval.report import Report, card
+from compress.formats import manifest
+from compress.formats.checkpoint import write_text
+from compress.interchange import needs_dequantize
+from compress.job import Job, check_apart
+from compress.pipeline import SHARD_BYTES, Written, write
+from compress.prepare import Prepared, summarize
+
+Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, how much there is
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a result is scored: the arguments of `evaluate`."""
+
+    tasks: tuple[str, ...] = ("builtin_cloze",)
+    include_path: str | None = None
+    text: tuple[str, ...] = ("builtin",)
+    window: int | None = None
+    limit: int | None = None
+    batch_size: int | None = None
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run goes about it, whatever the scheme."""
+
+    scoring: Scoring | None = Scoring()  # None: unscored
+    seed: int = 0
+    overwrite: bool = False
+    shard_size: int | str = SHARD_BYTES
+    command: str = ""  # what the model card calls the run
+
+
+def run(prepared: Prepared, model: str, out: Path, options: Options, progress: Progress | None = None) -> Report:
+    """Carries a plan out, or goes on with it after an interruption. Returns what report.json says."""
+    started = time.monotonic()
+    check_apart(out, prepared.path)
+    recipe = _recipe(prepared, model, options)
+    # Scoring and the card's wording may change between an interruption and the next try; the weights stay good.
+    decisive = {key: value for key, value in recipe.items() if key not in ("scoring", "command", "model")}
+    with Job(out, decisive, options.overwrite) as job:
+        if not job.finished:
+            written = _write(job, prepared, options, progress)
+            evaluation = _score(job, prepared, options, progress)
+            _seal(job, prepared, recipe, options, written, evaluation, time.monotonic() - started)
+        job.finish()
+    return read_report(out)
+
+
+def read_report(out: Path) -> Report:
+    """report.json of an output directory, as an object."""
+    document = manifest.unseal(out / manifest.REPORT)
+    return Report(**{field.name: document[field.name] for field in fields(Report)})
+
+
+def _recipe(prepared: Prepared, model: str, options: Options) -> dict[str, Any]:
+    """Everything that decides the bytes of the result."""
+    source = [
+        [file.name, file.stat().st_size, file.stat().st_mtime_ns]
+        for file in sorted(prepared.path.iterdir())
+        if file.is_file()
+    ]
+    return {
+        "model": model,
+        "command": options.command,
+        "plan": prepared.plan.to_config(),
+        "schemes": [scheme.to_dict() for scheme in _schemes(prepared)],
+        "seed": options.seed,
+        "shard_bytes": sizes.parse(options.shard_size),
+        "scoring": asdict(options.scoring) if options.scoring else None,
+        "source": source,
+        "versions": versions(),
+    }
+
+
+def _schemes(prepared: Prepared) -> list[Any]:
+    return list(dict.fromkeys(packed.scheme for packed in prepared.plan.modules.values()))
+
+
+def versions() -> dict[str, str]:
+    """Versions that can change a result."""
+    return {
+        "compress": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+        "numba": numba.__version__,
+    }
+
+
+def _write(job: Job, prepared: Prepared, options: Options, progress: Progress | None) -> Written:
+    total = sum(spec.bytes for name, spec in prepared.source.specs.items() if name not in prepared.tied)
+    done = 0
+
+    def advance(size: int, _: str) -> None:
+        nonlocal done
+        done += size
+        if progress:
+            progress("compressing", done, total)
+
+    try:
+        return write(job, prepared.source, prepared.plan, prepared.tied, sizes.parse(options.shard_size), advance)
+    except ValueError:
+        job.discard()  # the input is at fault: nothing of this run can be used again
+        raise
+
+
+def _score(job: Job, prepared: Prepared, options: Options, progress: Progress | None) -> dict[str, Any] | None:
+    if options.scoring is None:
+        return None
+    how = asdict(options.scoring)
+    known = job.recall("evaluation")
+    if known is None or known["how"] != json.loads(json.dumps(how)):
+        scores = evaluate(job.checkpoint, prepared.path, **how, progress=progress).to_dict()
+        known = {"how": how, "scores": scores}
+        job.note("evaluation", known)
+    evaluation: dict[str, Any] = known["scores"]
+    return evaluation
+
+
+def _seal(
+    job: Job,
+    prepared: Prepared,
+    recipe: dict[str, Any],
+    options: Options,
+    written: Written,
+    evaluation: dict[str, Any] | None,
+    seconds: float,
+) -> None:
+    """Writes report.json, README.md and compress.json, in an order in which each covers what came before."""
+    report = Report(
+        model=recipe["model"],
+        scheme=prepared.scheme.name,
+        options={key: value for key, value in prepared.scheme.to_dict().items() if key != "scheme"},
+        **summarize(written.reports),
+        seconds=seconds,
+        peak_rss_bytes=peak_rss_bytes(),
+        tensors=written.reports,
+        notes=prepared.notes(),
+        evaluation=evaluation,
+    )
+    write_text(job.checkpoint / manifest.REPORT, manifest.seal(report.to_dict()))
+    plan = prepared.plan
+    dequantize = plan.interchange and needs_dequantize(_schemes(prepared), plan.experts)
+    text = card(report, options.command, plan.interchange, dequantize)
+    write_text(job.checkpoint / "README.md", text)
+    document = {
+        "format": 1,
+        "recipe": recipe,
+        "ledger": _ledger(prepared, written),
+        "tensors": written.records,
+        "files": manifest.describe_files(job.checkpoint, written.shards),
+        "report": True,
+    }
+    write_text(job.checkpoint / manifest.NAME, manifest.seal(document))
+
+
+def _ledger(prepared: Prepared, written: Written) -> dict[str, dict[str, Any]]:
+    """Every tensor of the source by name: what became of it, and the SHA-256 of what was read."""
+    modules: dict[str, list[str]] = {}
+    for module, packed in prepared.plan.modules.items():
+        modules.setdefault(packed.source, []).append(module)
+    ledger: dict[str, dict[str, Any]] = {}
+    for name in prepared.source.specs:
+        if name in prepared.tied:
+            ledger[name] = {"action": "tied", "to": prepared.tied[name]}
+            continue
+        stored = prepared.source.backing[name]
+        hashes = dict(zip(stored, written.source_sha256[name], strict=True))
+        action = {"action": "coded", "modules": modules[name]} if name in modules else {"action": "copied"}
+        ledger[name] = {**action, "read": hashes}
+    return ledger
+
+
+def peak_rss_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

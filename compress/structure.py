@@ -1,0 +1,147 @@
+"""Which stored tensors are the linear weights of a model, whatever its architecture.
+
+The model is built without memory (meta device) from its config; transformers' own conversion rules say which parameter
+each stored name ends in. A weight counts as linear when that parameter is the weight of an `nn.Linear` or of GPT-2's
+`Conv1D`, or a 3-D stack of expert weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
+from transformers.pytorch_utils import Conv1D
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One 2-D linear weight of a checkpoint, and the place in the model that it belongs to."""
+
+    module: str  # its tensors are stored as f"{module}.{local name}"
+    source: str  # the tensor it is stored as before compression
+    index: int | None  # which slice of a 3-D source
+    transposed: bool  # the source is (in_features, out_features)
+    path: str  # the module, or the 3-D parameter, of the model
+    expert: int | None  # position in a 3-D parameter,
+    part: int  # and within that expert (gate, up)
+    native: bool  # an nn.Linear, which other loaders know how to replace
+    head: bool  # the model's output embedding
+
+
+def build(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a config, on the meta device. Raises ValueError where transformers cannot build it."""
+    names = config.architectures or []
+    if not names:
+        raise ValueError('config.json names no architecture; add for example "architectures": ["LlamaForCausalLM"]')
+    cls = getattr(transformers, names[0], None)
+    if cls is None:
+        raise ValueError(
+            f"config.json: architecture {names[0]!r} is unknown to transformers {transformers.__version__}; "
+            "a newer transformers may know it (code shipped with a checkpoint is not run)"
+        )
+    with torch.device("meta"):
+        model: PreTrainedModel = cls(config)
+    return model
+
+
+def read_config(path: Any) -> PretrainedConfig:
+    """AutoConfig of a checkpoint directory, as one ValueError where it cannot be read."""
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(path)
+        return config
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path}: config.json cannot be used: {first}") from None
+
+
+class Structure:
+    """The linear weights of `model` among the stored `names`, by module name in the order of `names`."""
+
+    def __init__(self, model: PreTrainedModel, names: Iterable[str]) -> None:
+        self.model = model
+        self.parameters: Mapping[str, Tensor] = model.state_dict()
+        conversions = get_model_conversion_mapping(model)
+        self._renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+        self._head = model.get_output_embeddings()
+        self.linears: dict[str, Linear] = {}
+        for name in names:
+            for linear in self._linears_of(name):
+                self.linears[linear.module] = linear
+
+    def native_paths(self) -> list[str]:
+        """Every `nn.Linear` of the model, stored or tied: what another loader would look at."""
+        return [path for path, module in self.model.named_modules() if isinstance(module, nn.Linear)]
+
+    def tied(self) -> dict[str, str]:
+        """Parameter -> the parameter whose memory it shares."""
+        keys = getattr(self.model, "all_tied_weights_keys", None) or {}
+        return dict(keys)
+
+    def target(self, name: str) -> tuple[str, str | None]:
+        """The model's parameter that a stored tensor ends in, and the conversion pattern that takes it there."""
+        target, pattern = rename_source_key(
+            name, self._renamings, self._converters, self.model.base_model_prefix, dict(self.parameters)
+        )
+        return target, pattern
+
+    def _linears_of(self, name: str) -> list[Linear]:
+        target, pattern = self.target(name)
+        parameter = self.parameters.get(target)
+        if parameter is None:
+            return []
+        if parameter.dim() == 3 and "expert" in target:
+            return self._experts(name, target, pattern, parameter)
+        path, _, leaf = target.rpartition(".")
+        if pattern is not None or leaf != "weight" or not name.endswith(".weight") or parameter.dim() != 2:
+            return []
+        module = self.model.get_submodule(path)
+        if not isinstance(module, nn.Linear | Conv1D):
+            return []
+        return [
+            Linear(
+                module=name.removesuffix(".weight"),
+                source=name,
+                index=None,
+                transposed=isinstance(module, Conv1D),
+                path=path,
+                expert=None,
+                part=0,
+                native=isinstance(module, nn.Linear),
+                head=module is self._head,
+            )
+        ]
+
+    def _experts(self, name: str, target: str, pattern: str | None, parameter: Tensor) -> list[Linear]:
+        owner = self.model.get_submodule(target.rpartition(".")[0])
+        transposed = bool(getattr(owner, "is_transposed", False))
+        shared: dict[str, Any] = {"source": name, "path": target, "native": False, "head": False}
+        if pattern is None:
+            return [
+                Linear(f"{name}.{i}", index=i, transposed=transposed, expert=i, part=0, **shared)
+                for i in range(parameter.shape[0])
+            ]
+        converter = next(c for c in self._converters if pattern in c.source_patterns)
+        operations = [type(operation) for operation in converter.operations]
+        if operations not in ([MergeModulelist], [MergeModulelist, Concatenate]) or not name.endswith(".weight"):
+            return []  # the model rearranges these weights further than we follow: they are copied as they are
+        match = re.search(r"\.(\d+)\.[^.]+\.weight$", name)
+        if match is None:
+            return []
+        part = converter.source_patterns.index(pattern)
+        module = name.removesuffix(".weight")
+        return [Linear(module, index=None, transposed=False, expert=int(match[1]), part=part, **shared)]

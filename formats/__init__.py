@@ -1,0 +1,1 @@
+"""Tensors to packed tensors and back; knows no model."""

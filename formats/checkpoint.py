@@ -1,0 +1,275 @@
+"""Safetensors checkpoints, streamed: headers first, one tensor at a time, never a pickle.
+
+`Checkpoint` maps the files, so that a tensor costs no private memory until it is changed. `ShardWriter` appends tensors
+to one file and gives it its name when it is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: `file`, and the bytes `start` to `end` of it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+    @property
+    def bytes(self) -> int:
+        return self.end - self.start
+
+
+class Checkpoint:
+    """The tensors of a directory of safetensors files.
+
+    Raises ValueError, naming file and remedy, for a directory without a checkpoint, with pickles only, with a missing
+    shard, or with a file whose header does not describe its bytes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: dict[str, Entry] = {}
+        for file in weight_files(path):
+            for name, entry in _read_header(file).items():
+                if name in self.entries:
+                    raise ValueError(f"{file}: tensor {name!r} is also in {self.entries[name].file.name}")
+                self.entries[name] = entry
+        self._check_index()
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """The tensor, or its slice `index` along the first dimension, mapped from the file."""
+        entry = self.entries[name]
+        shape = entry.shape if index is None else entry.shape[1:]
+        start, count = entry.start, entry.bytes
+        if index is not None:
+            count //= entry.shape[0]
+            start += index * count
+        if count == 0:
+            return torch.empty(shape, dtype=entry.dtype)
+        data = torch.frombuffer(self._map(entry.file), dtype=torch.uint8, offset=start, count=count)
+        if start % entry.dtype.itemsize:  # safetensors does not promise alignment
+            data = data.clone()
+        return data.view(entry.dtype).view(shape)
+
+    def raw(self, name: str) -> memoryview:
+        """The bytes of the tensor as they are stored."""
+        entry = self.entries[name]
+        return memoryview(self._map(entry.file))[entry.start : entry.end]
+
+    def release(self, name: str) -> None:
+        """Drops the pages of `name` from this process; a later read maps them again."""
+        entry = self.entries[name]
+        page = mmap.ALLOCATIONGRANULARITY
+        start = -(-entry.start // page) * page
+        length = entry.end // page * page - start
+        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+            self._map(entry.file).madvise(mmap.MADV_DONTNEED, start, length)
+
+    def _map(self, file: Path) -> mmap.mmap:
+        if file not in self._maps:
+            with file.open("rb") as f:
+                # Copy-on-write: torch wants a writable buffer, and the file must stay as it is.
+                self._maps[file] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._maps[file]
+
+    def _check_index(self) -> None:
+        index = self.path / INDEX
+        if not index.exists():
+            return
+        absent = [name for name in _weight_map(index) if name not in self.entries]
+        if absent:
+            raise ValueError(f"{index}: names tensor {absent[0]!r}, which no shard holds; the checkpoint is incomplete")
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint directory, in the order of their names."""
+    index = path / INDEX
+    if index.exists():
+        files = [path / file for file in sorted(set(_weight_map(index).values()))]
+        for file in files:
+            if not file.exists():
+                raise ValueError(f"{path}: shard {file.name} is missing, {INDEX} names it; download it again")
+        return files
+    files = [path / SINGLE] if (path / SINGLE).exists() else sorted(path.glob("*.safetensors"))
+    if files:
+        return files
+    pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
+    if pickles:
+        raise ValueError(
+            f"{path}: {pickles[0]} is a pickle, which can run code when it is read; convert it to safetensors first: "
+            "AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(DIR)"
+        )
+    raise ValueError(f"{path}: no *.safetensors file, so this is not a checkpoint")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index}: not a safetensors index ({error}); download it again") from None
+    if not isinstance(weight_map, dict) or not all(_is_file_name(file) for file in weight_map.values()):
+        raise ValueError(f"{index}: weight_map must give a file of this directory for every tensor")
+    return weight_map
+
+
+def _is_file_name(value: object) -> bool:
+    return isinstance(value, str) and Path(value).name == value
+
+
+def _read_header(file: Path) -> dict[str, Entry]:
+    try:
+        with safe_open(file, "pt"):  # checks that the header describes exactly the bytes that follow
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({error}); download it again") from None
+    with file.open("rb") as f:
+        (length,) = struct.unpack("<Q", f.read(8))
+        header = json.loads(f.read(length))
+    entries = {}
+    for name, info in header.items():
+        if name == "__metadata__":
+            continue
+        if info["dtype"] not in DTYPES:
+            raise ValueError(f"{file}: tensor {name!r} has dtype {info['dtype']}, which is not supported")
+        start, end = (8 + length + offset for offset in info["data_offsets"])
+        entries[name] = Entry(DTYPES[info["dtype"]], tuple(info["shape"]), file, start, end)
+    return dict(sorted(entries.items(), key=lambda item: (item[1].start, item[0])))
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a CPU tensor, without a copy where it is contiguous."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    array: Any = flat.view(torch.uint8).numpy()
+    return memoryview(array) if flat.numel() else memoryview(b"")
+
+
+class ShardWriter:
+    """Appends tensors to one safetensors file. The file gets its name, complete and synced, when the block ends well.
+
+    names: the tensors that will come, with dtype and greatest shape; they fix how much room the header gets, so that
+    the tensors can be written before the header is known.
+    """
+
+    def __init__(self, path: Path, names: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
+        self.path, self.temporary = path, path.with_name(path.name + ".tmp")
+        self.records: dict[str, dict[str, object]] = {}
+        room = 64 + sum(len(json.dumps(_header_item(name, d, s, 1 << 50, 1 << 50))) + 2 for name, d, s in names)
+        self._header_bytes = room + -(8 + room) % 64  # the data starts on a cache line
+        self._header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        self._position = 0
+        self.header_sha256 = ""
+
+    def __enter__(self) -> ShardWriter:
+        self._file = self.temporary.open("wb")
+        self._file.seek(8 + self._header_bytes)
+        return self
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Writes the tensor and records its dtype, shape, size and SHA-256."""
+        data = tensor_bytes(tensor)
+        self._file.write(data)
+        start, self._position = self._position, self._position + data.nbytes
+        self._header.update(_header_item(name, tensor.dtype, tuple(tensor.shape), start, self._position))
+        self.records[name] = {
+            "file": self.path.name,
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "bytes": data.nbytes,
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._file.close()
+        if kind is not None:
+            self.temporary.unlink(missing_ok=True)
+            return
+        os.replace(self.temporary, self.path)
+        sync_directory(self.path.parent)
+
+    def _finish(self) -> None:
+        header = json.dumps(self._header, separators=(",", ":")).encode().ljust(self._header_bytes)
+        assert len(header) == self._header_bytes, "a shape grew beyond what was announced"
+        self._file.seek(0)
+        prefix = struct.pack("<Q", len(header)) + header
+        self._file.write(prefix)
+        self.header_sha256 = hashlib.sha256(prefix).hexdigest()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def _header_item(name: str, dtype: torch.dtype, shape: tuple[int, ...], start: int, end: int) -> dict[str, object]:
+    return {name: {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}}
+
+
+def write_index(directory: Path, files: dict[str, str], total_bytes: int) -> None:
+    """files: tensor name -> shard. Writes the index that loaders look for beside more than one shard."""
+    write_text(directory / INDEX, json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": files}, indent=2))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file so that it is either as it was or as it will be, whatever happens."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes renames in the directory outlast a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

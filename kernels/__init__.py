@@ -1,0 +1,1 @@
+"""Linears that run on packed tensors; knows no scheme."""

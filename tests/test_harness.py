@@ -1,0 +1,155 @@
+"""lm-eval on a model in memory: our own task, the user's, and those that cannot be had."""
+
+import functools
+import json
+import logging
+import os
+import random
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from compress.eval import cloze, harness
+from compress.eval.text import Text, read
+
+TEXT = Text("test", " ".join(f"Object {i} keeps {i * i} attributes, and names them {i + 7}." for i in range(900)), "")
+
+
+@pytest.fixture(scope="module")
+def model(llama_dir: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(llama_dir, dtype="auto").eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(llama_dir: Path) -> Any:
+    return AutoTokenizer.from_pretrained(llama_dir)
+
+
+@pytest.fixture
+def user_tasks(tmp_path: Path) -> Path:
+    """A folder with the task `birds`, two questions of three choices, and the task `lost`, whose data is not there."""
+    rows = [{"q": "The bird", "c": ["sings", "sang", "ate"], "a": i} for i in range(2)]
+    (tmp_path / "birds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, data in (("birds", "birds.jsonl"), ("lost", "nowhere.jsonl")):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"task: {name}\ndataset_path: json\n"
+            f"dataset_kwargs: {{data_files: {{test: {tmp_path / data}}}, cache_dir: {tmp_path / 'cache'}}}\n"
+            "test_split: test\noutput_type: multiple_choice\n"
+            'doc_to_text: "{{q}}"\ndoc_to_choice: c\ndoc_to_target: a\nmetric_list: [{metric: acc}]\n'
+        )
+    return tmp_path
+
+
+def slow_accuracy(model: Any, tokenizer: Any, items: list[cloze.Item]) -> float:
+    """Accuracy by one forward pass for each choice."""
+    right = 0
+    for item in items:
+        scores = []
+        for choice in item.choices:
+            before = tokenizer(item.passage)["input_ids"]
+            ids = torch.tensor(tokenizer(item.passage + choice)["input_ids"])
+            with torch.inference_mode():
+                likelihood = model(ids[None]).logits[0, :-1].float().log_softmax(-1)
+            scores.append(float(likelihood.gather(1, ids[1:, None])[len(before) - 1 :].sum()))
+        right += scores.index(max(scores)) == item.label
+    return right / len(items)
+
+
+def test_builtin_cloze_equals_a_slow_computation(model: Any, tokenizer: Any) -> None:
+    found = harness.run(model, tokenizer, ["builtin_cloze"], text=TEXT, batch_size=1)["builtin_cloze"]
+    items = cloze.items(TEXT.text, 128, lambda item: len(tokenizer(item)["input_ids"]))
+    accuracy = slow_accuracy(model, tokenizer, items)
+    assert found["acc"]["value"] == pytest.approx(accuracy)
+    # The standard error of a mean of n zeros and ones, with Bessel's correction.
+    stderr = (accuracy * (1 - accuracy) / (len(items) - 1)) ** 0.5
+    assert found["acc"]["stderr"] == pytest.approx(stderr)
+    assert set(found) == {"acc", "acc_norm"}
+
+
+def test_a_run_repeats_and_leaves_nothing_behind(
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    harness.run(model, tokenizer, ["builtin_cloze"], text=TEXT, limit=4)  # imports lm-eval, which sets variables
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def state() -> list[Any]:
+        loggers = logging.root.manager.disable, logging.getLogger("lm_eval").level
+        randoms = random.getstate(), torch.get_rng_state().tolist()
+        return [dict(os.environ), list(warnings.filters), loggers, randoms, vars(model).keys(), tokenizer.pad_token]
+
+    before = state()
+    capfd.readouterr()
+    first = harness.run(model, tokenizer, ["builtin_cloze"], text=TEXT, limit=4)
+    assert harness.run(model, tokenizer, ["builtin_cloze"], text=TEXT, limit=4) == first
+    assert state() == before
+    assert capfd.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_users_own_task_runs_beside_ours(model: Any, tokenizer: Any, user_tasks: Path) -> None:
+    calls: list[Any] = []
+    found = harness.run(
+        model,
+        tokenizer,
+        ["birds", "builtin_cloze"],
+        text=TEXT,
+        include_path=user_tasks,
+        limit=2,
+        progress=lambda *call: calls.append(call),
+    )
+    assert list(found) == ["birds", "builtin_cloze"]
+    # The two questions differ in the answer alone, so at most one is right.
+    assert found["birds"]["acc"]["value"] in (0.0, 0.5)
+    assert calls == [("task birds", 0, 2), ("task builtin_cloze", 1, 2)]
+
+
+def test_a_task_without_its_data_is_named(model: Any, tokenizer: Any, user_tasks: Path) -> None:
+    with pytest.raises(ValueError, match=r"task lost: it or its data cannot be had .*nowhere") as caught:
+        harness.run(model, tokenizer, ["lost"], text=TEXT, include_path=user_tasks)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_task_is_refused_with_the_nearest(
+    model: Any, tokenizer: Any, user_tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Listing the thousands of tasks that lm-eval ships takes seconds, and here they are not needed.
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.partial(TaskManager, include_defaults=False))
+    with pytest.raises(ValueError, match="task builtin_close: unknown; did you mean builtin_cloze"):
+        harness.run(model, tokenizer, ["builtin_close"], text=TEXT)
+    harness.check(["builtin_cloze", "birds"], user_tasks)
+    with pytest.raises(ValueError, match="task bird: unknown; did you mean birds"):
+        harness.check(["bird"], user_tasks)
+    with pytest.raises(ValueError, match="include_path .*: no such folder"):
+        harness.run(model, tokenizer, ["birds"], text=TEXT, include_path=user_tasks / "none")
+
+
+@pytest.mark.parametrize("context", [64, 100, 128, 512])
+def test_items_fit_the_context_and_balance_their_choices(context: int) -> None:
+    items = cloze.items(read(["builtin"]).text, context, len)
+    assert 100 <= len(items) <= 128
+    truths = []
+    for item in items:
+        assert len(set(item.choices)) == 4 and item.passage
+        assert all(len(item.passage + choice) <= context for choice in item.choices)
+        truths.append(item.choices[item.label])
+    # Every continuation is as often wrong as any other: three times for once right.
+    assert sorted(truths * 3) == sorted(c for item in items for c in item.choices if c != item.choices[item.label])
+    assert {item.label for item in items} == {0, 1, 2, 3}
+
+
+def test_text_without_spaces_makes_items() -> None:
+    items = cloze.items("".join(chr(0x4E00 + i * 7 % 9999) for i in range(3000)), 128, len)
+    assert all(len(set(item.choices)) == 4 for item in items)
+
+
+def test_too_little_text_or_context_is_refused() -> None:
+    with pytest.raises(ValueError, match="300 characters of text are too few"):
+        cloze.items("a" * 300, 512, len)
+    with pytest.raises(ValueError, match="context of 8 tokens is too short"):
+        cloze.items(TEXT.text, 8, len)
