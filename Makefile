@@ -22,7 +22,7 @@ lint: .venv/stamp
 	@rm -rf build
 	@$(PIP) wheel -qq --no-deps --no-build-isolation -w build .
 	@$(PIP) install -qq --no-deps --no-compile --target $(TYPED) build/*.whl
-	cd $(TYPED) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p compress
+	cd $(TYPED) && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p compress
 
 format: .venv/stamp
 	$(BIN)/ruff check --fix .

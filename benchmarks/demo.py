@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import demo_model
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 import compress
 from compress.registry import SCHEMES
@@ -24,6 +26,7 @@ def main() -> int:
     parser.add_argument("model", nargs="?", help="a directory or a hub id; without it a small model is trained, once")
     given = parser.parse_args().model
     progress = Console(stderr=True)
+    disable_progress_bar()  # of transformers: a bar for each file would break up ours
     model = given or trained(progress)
     reports: dict[str, dict[str, Any]] = {}
     refusals: dict[str, ValueError] = {}
@@ -46,9 +49,6 @@ def trained(console: Console) -> str:
     directory = CACHE / "model"
     if directory.exists():
         return str(directory)
-    # Imported here, because it brings torch and transformers along and most runs find the model trained.
-    import demo_model
-
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("training the demo model", total=demo_model.STEPS)

@@ -12,7 +12,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.utils.logging import disable_progress_bar
 
 from compress.eval.text import read
 
@@ -30,7 +29,6 @@ def train_into(directory: Path, progress: Progress) -> None:
     unfinished = directory.with_name(directory.name + ".partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    disable_progress_bar()
     text = read(["builtin"], split="calibration").text
     tokenizer = train_tokenizer(text)
     tokenizer.save_pretrained(unfinished)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
 
 from compress import planning
@@ -177,11 +179,24 @@ def load(path: str | Path, device: str | torch.device | None = None) -> PreTrain
     quantization = getattr(config, "quantization_config", None)
     if quantization and _ours(quantization):
         config.quantization_config = {"quant_method": METHOD, "run": quantization}
-    model: PreTrainedModel = model_class(config).from_pretrained(path, config=config, dtype="auto")
+    with _no_progress_bar():
+        model: PreTrainedModel = model_class(config).from_pretrained(path, config=config, dtype="auto")
     if device is not None:
         torch.nn.Module.to(model, device)
     model.eval()
     return model
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers shows a bar of its own, on whatever stderr is."""
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bar()
 
 
 def _ours(quantization: Mapping[str, Any]) -> bool:

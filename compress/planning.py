@@ -194,6 +194,8 @@ def _check_experts(linears: Mapping[str, Linear], modules: Mapping[str, Packed])
 def _can_interchange(linears: Mapping[str, Linear], modules: Mapping[str, Packed]) -> bool:
     schemes = {packed.scheme for packed in modules.values()}
     experts = any(linears[module].expert is not None for module in modules)
+    if experts and not all(getattr(scheme, "symmetric", True) for scheme in schemes):
+        return False  # transformers cannot decode the zero points of experts
     # Where transformers must decode while loading, it takes one scheme for the whole checkpoint.
     if interchange.needs_dequantize(schemes, experts) and len(schemes) > 1:
         return False

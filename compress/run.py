@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from compress import __version__, sizes
-from compress.eval.evaluate import evaluate
+from compress.eval.evaluate import check, evaluate
 from compress.eval.report import Report, card
 from compress.formats import manifest
 from compress.formats.checkpoint import write_text
@@ -58,6 +58,8 @@ def run(prepared: Prepared, model: str, out: Path, options: Options, progress: P
     """Carries a plan out, or goes on with it after an interruption. Returns what report.json says."""
     started = time.monotonic()
     check_apart(out, prepared.path)
+    if options.scoring:
+        check(prepared.path, **asdict(options.scoring))  # now, not after hours of compressing
     recipe = _recipe(prepared, model, options)
     # Scoring and the card's wording may change between an interruption and the next try; the weights stay good.
     decisive = {key: value for key, value in recipe.items() if key not in ("scoring", "command", "model")}

@@ -51,6 +51,7 @@ class _Job:
     tokenizer: "PreTrainedTokenizerBase"
     text: texts.Text
     windows: torch.Tensor  # (n, window) int64
+    text_bytes: int  # UTF-8 bytes of the scored tokens
     tasks: tuple[str, ...]
     include_path: str | Path | None
     limit: int | None
@@ -92,6 +93,32 @@ def evaluate(
     each task; by default windows of 32768 tokens in all, and every item. batch_size: windows, and sequences of a task,
     at a time; by default 1 window. The reference's logits lie in a temporary folder meanwhile (TMPDIR).
     """
+    job = _prepare(model, tasks, include_path, text, window, limit, batch_size, device, progress)
+    with tempfile.TemporaryDirectory(prefix="compress-logits-") as folder:
+        logits = None if reference is None else Path(folder) / "logits"
+        before = {} if reference is None or logits is None else _score_reference(reference, job, logits)
+        gc.collect()
+        scores, after = _score(model, job, logits)
+    count, length = job.windows.shape
+    return Evaluation(scores, _beside(after, before), job.text.name, job.text.sha256, length, count)
+
+
+def check(model: str | Path, **how: Any) -> None:
+    """Raise the ValueError that `evaluate` would, as far as it shows before a model is loaded. how: its keywords."""
+    _prepare(model, **how, progress=None)
+
+
+def _prepare(
+    model: str | Path,
+    tasks: Sequence[str],
+    include_path: str | Path | None,
+    text: Sequence[str],
+    window: int | None,
+    limit: int | None,
+    batch_size: int | None,
+    device: str | None,
+    progress: Progress | None,
+) -> _Job:
     config = _config(model)
     context = texts.context_length(config)
     window = texts.default_window(config) if window is None else window
@@ -102,13 +129,7 @@ def evaluate(
     tokenizer, source = _tokenizer(model), texts.read(text)
     most = max(1, _DEFAULT_TOKENS // max(window, 1)) if limit is None else limit
     windows, text_bytes = texts.windows(tokenizer, source, window, most)
-    job = _Job(tokenizer, source, windows, tuple(tasks), include_path, limit, batch_size, device, progress)
-    with tempfile.TemporaryDirectory(prefix="compress-logits-") as folder:
-        logits = None if reference is None else Path(folder) / "logits"
-        before = {} if reference is None or logits is None else _score_reference(reference, job, logits)
-        gc.collect()
-        scores, after = _score(model, job, logits, text_bytes)
-    return Evaluation(scores, _beside(after, before), source.name, source.sha256, windows.shape[1], windows.shape[0])
+    return _Job(tokenizer, source, windows, text_bytes, tuple(tasks), include_path, limit, batch_size, device, progress)
 
 
 def _score_reference(reference: str | Path, job: _Job, logits: Path) -> dict[str, Metrics]:
@@ -123,9 +144,9 @@ def _score_reference(reference: str | Path, job: _Job, logits: Path) -> dict[str
     return job.run_tasks(model)
 
 
-def _score(path: str | Path, job: _Job, logits: Path | None, text_bytes: int) -> tuple[Fidelity, dict[str, Metrics]]:
+def _score(path: str | Path, job: _Job, logits: Path | None) -> tuple[Fidelity, dict[str, Metrics]]:
     model = load(path, device=job.device)
-    scores = fidelity.compare(model, job.windows, logits, text_bytes, job.batch_size or 1, job.progress)
+    scores = fidelity.compare(model, job.windows, logits, job.text_bytes, job.batch_size or 1, job.progress)
     return scores, job.run_tasks(model)
 
 
