@@ -371,3 +371,6 @@ def schemes(as_json: bool) -> None:
     ]
     _emit(described, as_json)
     _table(tables.schemes(described))
+
+if __name__ == "__main__":
+    main()
