@@ -32,7 +32,13 @@ def search(tile, lows, highs, qmax, symmetric, scales, least):  # type: ignore[n
 
     Symmetric scales take the sign that puts the value furthest from zero at -2**(bits - 1), the longer end.
     """
-    unit, middle, inverses, bottoms, wv, vv, most = np.zeros((7, LANES), np.float32)
+    unit = np.zeros(LANES, np.float32)
+    middle = np.zeros(LANES, np.float32)
+    inverses = np.zeros(LANES, np.float32)
+    bottoms = np.zeros(LANES, np.float32)
+    wv = np.zeros(LANES, np.float32)
+    vv = np.zeros(LANES, np.float32)
+    most = np.zeros(LANES, np.float32)
     for k in range(LANES):
         span = max(-lows[k], highs[k]) if symmetric else highs[k] - lows[k]
         # Far outside float32's middle the squares leave its range: there, nothing is explained and absmax stays.

@@ -39,7 +39,7 @@ class Fp8(Scheme):
         scales = (float8.absmax(weight, *block) / float8.E4M3_MAX).to(weight.dtype)
         scales[scales == 0] = 1  # an all-zero block, or one so small that its scale underflows
         return {
-            "weight": float8.to_e4m3(weight, scales, block),
+            "weight": float8.to_e4m3(weight, scales, block if self.granularity == "block" else None),
             "weight_scale": scales.reshape(self._scale_shape((rows, width))),
         }
 

@@ -17,7 +17,7 @@ from compress import rtn
 from compress.formats import bitpack
 from compress.scheme import Scheme, Spec, Tensors
 
-DECODE_VALUES = 1 << 22  # values decoded at once, so that temporaries stay in tens of MiB whatever the weight's size
+DECODE_VALUES = 1 << 18  # values decoded at once: what a core's cache holds, whatever the weight's size
 
 
 @dataclass(frozen=True)

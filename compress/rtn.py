@@ -135,8 +135,8 @@ def _range(source, start, count, shift):  # type: ignore[no-untyped-def]
         key = np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
         low = min(low, key)
         high = max(high, key)
-    low = np.int32(low ^ np.int32(np.int32(low >> np.int32(31)) & np.int32(0x7FFFFFFF)))
-    return low.view(np.float32), high.view(np.float32)
+    bits = np.int32(low ^ np.int32(np.int32(low >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+    return np.int32(bits).view(np.float32), np.int32(high).view(np.float32)
 
 
 @jit
