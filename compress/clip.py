@@ -9,7 +9,7 @@ Lane k of every array is group k, so that no sum crosses lanes: its order, hence
 
 import numpy as np
 
-from compress.formats.jit import jit
+from compress.formats.compiled import jit
 
 LANES = 16  # not 8: a loop of eight is unrolled before it is vectorized, and runs ten times slower
 UNROLLED = 8  # values of a group added up before a sum goes through memory
@@ -18,27 +18,21 @@ UNROLLED = 8  # values of a group added up before a sum goes through memory
 @jit
 def load_tile(source, first, count, group_size, shift, tile):  # type: ignore[no-untyped-def]
     """source: flat weight bits. tile: (group_size or more, LANES) uint32, filled with `count` groups from `first` on."""
-    for block in range(0, group_size, 64):
-        stop = min(block + 64, group_size)
-        for k in range(count):
-            start = (first + k) * group_size
-            for i in range(block, stop):
-                tile[i, k] = np.uint32(source[start + i]) << shift
+    for k in range(count):
+        group = source[(first + k) * group_size : (first + k + 1) * group_size]
+        for i in range(group_size):
+            tile[i, k] = np.uint32(group[i]) << shift
 
 
 @jit
-def search(tile, lows, highs, qmax, symmetric, scales, least):  # type: ignore[no-untyped-def]
+def search(tile, lows, highs, qmax, symmetric, scales, least, work):  # type: ignore[no-untyped-def]
     """Moves scales and least (the grid's least integers, -zero) to what explains most; leaves lanes it cannot improve.
 
     Symmetric scales take the sign that puts the value furthest from zero at -2**(bits - 1), the longer end.
     """
-    unit = np.zeros(LANES, np.float32)
-    middle = np.zeros(LANES, np.float32)
-    inverses = np.zeros(LANES, np.float32)
-    bottoms = np.zeros(LANES, np.float32)
-    wv = np.zeros(LANES, np.float32)
-    vv = np.zeros(LANES, np.float32)
-    most = np.zeros(LANES, np.float32)
+    unit, middle, inverses, bottoms, wv, vv, most = work
+    unit[:] = np.float32(0)
+    most[:] = np.float32(0)
     for k in range(LANES):
         span = max(-lows[k], highs[k]) if symmetric else highs[k] - lows[k]
         # Far outside float32's middle the squares leave its range: there, nothing is explained and absmax stays.
@@ -85,10 +79,10 @@ def _explain(tile, qmax, inverses, bottoms, wv, vv):  # type: ignore[no-untyped-
 
 
 @jit
-def keep_better(tile, qmax, dropped, scales, least, found, found_least):  # type: ignore[no-untyped-def]
+def keep_better(tile, qmax, dropped, scales, least, found, found_least, work):  # type: ignore[no-untyped-def]
     """Puts the found grid, or its neighbours in the scales' type, where its error as stored is below that of `scales`."""
-    best, error, near = np.zeros((3, LANES), np.float32)
-    _stored_error(tile, qmax, dropped, scales, least, best)
+    best, error, near, inverses = work[:4]
+    _stored_error(tile, qmax, dropped, scales, least, inverses, best)
     # More than the sums' rounding can be wrong by, so that no group ends up worse than it was.
     margin = np.float32(1 + (tile.shape[0] + 8) * 2.0**-22)
     # Below 5 bits the neighbours hardly differ.
@@ -96,7 +90,7 @@ def keep_better(tile, qmax, dropped, scales, least, found, found_least):  # type
     for step in range(-neighbours, neighbours + 1):
         for k in range(LANES):
             near[k] = round_scale(found[k] * np.float32(1 + step / 256), dropped)
-        _stored_error(tile, qmax, dropped, near, found_least, error)
+        _stored_error(tile, qmax, dropped, near, found_least, inverses, error)
         for k in range(LANES):
             better = error[k] * margin < best[k]
             best[k] = error[k] if better else best[k]
@@ -105,10 +99,11 @@ def keep_better(tile, qmax, dropped, scales, least, found, found_least):  # type
 
 
 @jit
-def _stored_error(tile, qmax, dropped, scales, least, errors):  # type: ignore[no-untyped-def]
+def _stored_error(tile, qmax, dropped, scales, least, inverses, errors):  # type: ignore[no-untyped-def]
     """Sums of squared errors of what a decoder gets: (q - zero) * scale in float32, rounded to the type."""
-    errors[:] = np.float32(0)
-    inverses = np.float32(1) / scales
+    for k in range(LANES):
+        inverses[k] = np.float32(1) / scales[k]
+        errors[k] = np.float32(0)
     top = np.float32(qmax)
     for i in range(0, tile.shape[0], UNROLLED):
         for k in range(LANES):

@@ -9,12 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from compress import __version__
 from compress.formats.checkpoint import ShardWriter, write_index, write_text
 from compress.job import Job, check_apart
 from compress.pipeline import SHARD_BYTES, Unit, copy_side_files, shards
 from compress.scheme import Spec
 from compress.source import Source
 
+Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, how much there is
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -24,35 +26,52 @@ def export(
     to: str = "bf16",
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Decodes every weight of `model` and writes it in `to`, one of bf16, fp16, fp32. Integer tensors stay as they are.
 
     Raises ValueError for an unknown form, and where a value does not fit into fp16.
     """
+    if to not in DTYPES:
+        raise ValueError(f"form {to!r} is unknown; choose one of {', '.join(DTYPES)}")
     check_apart(out, model)
     source = Source(model)
-    dtype = DTYPES[to]
+    recipe = {
+        "export": str(model.resolve()),
+        "to": to,
+        "shard_bytes": shard_bytes,
+        "files": _identity(model),
+        "versions": [__version__, torch.__version__],
+    }
+    with Job(out, recipe, overwrite) as job:
+        if not job.finished:
+            try:
+                _write(job, source, DTYPES[to], shard_bytes, progress)
+            except ValueError:
+                job.discard()  # the input is at fault: nothing of this run can be used again
+                raise
+        job.finish()
+
+
+def _write(job: Job, source: Source, dtype: torch.dtype, shard_bytes: int, progress: Progress | None) -> None:
     group = [Unit(name, (), {name: Spec(_target(spec, dtype), spec.shape)}) for name, spec in source.specs.items()]
     layout = shards(group, shard_bytes)
     total, done = sum(unit.bytes for unit in group), 0
-    with Job(out, {"export": str(model.resolve()), "to": to, "files": _identity(model)}, overwrite) as job:
-        files: dict[str, str] = {}
-        for file, part in layout.items():
-            if job.recall(file) is None:
-                _write_shard(job.checkpoint / file, source, part)
-                job.note(file, {})
-            files |= dict.fromkeys((unit.source for unit in part), file)
-            done += sum(unit.bytes for unit in part)
-            if progress:
-                progress("exporting", done, total)
-        if len(layout) > 1:
-            write_index(job.checkpoint, files, total)
-        config = {k: v for k, v in source.config.items() if k not in ("quantization_config", "dtype", "torch_dtype")}
-        config["dtype"] = str(dtype).removeprefix("torch.")
-        write_text(job.checkpoint / "config.json", json.dumps(config, indent=2) + "\n")
-        copy_side_files(model, job.checkpoint)
-        job.finish()
+    files: dict[str, str] = {}
+    for file, part in layout.items():
+        if job.recall(file) is None:
+            _write_shard(job.checkpoint / file, source, part)
+            job.note(file, {})
+        files |= dict.fromkeys((unit.source for unit in part), file)
+        done += sum(unit.bytes for unit in part)
+        if progress:
+            progress("exporting", done, total)
+    if len(layout) > 1:
+        write_index(job.checkpoint, files, total)
+    config = {k: v for k, v in source.config.items() if k not in ("quantization_config", "dtype", "torch_dtype")}
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    write_text(job.checkpoint / "config.json", json.dumps(config, indent=2) + "\n")
+    copy_side_files(source.path, job.checkpoint)
 
 
 def _identity(model: Path) -> list[list[object]]:

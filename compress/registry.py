@@ -75,6 +75,8 @@ def _parse(where: str, value: Any, hint: Any) -> Any:
             raise ValueError(f"{where} is {value!r}; give true or false")
         return known[str(value).lower()]
     try:
-        return hint(value) if not isinstance(value, bool) else int("not a number")
+        if isinstance(value, bool):  # Python would take it for 0 or 1
+            raise TypeError
+        return hint(value)
     except (TypeError, ValueError):
         raise ValueError(f"{where} is {value!r}; give a value of type {hint.__name__}") from None

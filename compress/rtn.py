@@ -6,22 +6,18 @@ scale: their integers reach one further below zero than above, and the longer en
 and AutoRound. "mse" is never worse than "absmax" in any group, on the values as stored.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from compress.clip import LANES, UNROLLED, keep_better, load_tile, round_scale, search
-from compress.formats.jit import jit
+from compress.formats.compiled import float_bits, in_threads, jit
 
 CLIPS = ("absmax", "mse")
 # Bits by which a float32's mantissa is longer than the type's.
 _DROPPED_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
-_THREADED_SIZE = 1 << 20  # values: below, starting threads costs more than it saves
 # Ones at every 16th, 32nd and 64th bit: times a low mask, that mask repeated.
 _REPEATED = (np.uint64(0x0001000100010001), np.uint64(0x0000000100000001), np.uint64(1))
 
@@ -43,12 +39,12 @@ def quantize(weight: Tensor, bits: int, group_size: int, symmetric: bool, clip: 
     """weight: (out_features, in_features), bf16, fp16 or fp32, on the CPU."""
     _check(weight, bits, group_size, clip)
     rows, columns = weight.shape
-    source, shift = _as_bits(weight)
+    source, shift = float_bits(weight)
     packed = np.zeros((rows, -(-columns * bits // 32) * 4), np.uint8)
     scales = np.empty((rows, columns // group_size), np.float32)
     zeros = np.empty(scales.shape, np.uint8)
     options = (shift, bits, group_size, symmetric, clip == "mse", _DROPPED_BITS[weight.dtype])
-    _in_threads(rows, weight.numel(), (source, packed, scales, zeros, *options))
+    in_threads(_encode_rows, rows, weight.numel(), source.ravel(), packed, scales, zeros, *options)
     return Grid(
         torch.from_numpy(packed.view(np.int32)),
         torch.from_numpy(scales).to(weight.dtype),
@@ -67,28 +63,6 @@ def _check(weight: Tensor, bits: int, group_size: int, clip: str) -> None:
         raise ValueError(f"weight: in_features {weight.shape[1]} is not a multiple of group_size {group_size}")
 
 
-def _as_bits(weight: Tensor) -> tuple[Any, int]:
-    """The weight's bits as unsigned integers, and how far left they go to be a float32's."""
-    weight = weight.detach().contiguous()
-    if weight.dtype == torch.bfloat16:
-        return weight.view(torch.int16).numpy().view(np.uint16).ravel(), 16
-    return weight.float().numpy().view(np.uint32).ravel(), 0
-
-
-def _in_threads(rows: int, size: int, arguments: tuple[Any, ...]) -> None:
-    # Plain threads, not numba's: its default layer aborts when two Python threads enter it at once, and a parallel
-    # kernel takes several times as long to compile. Rows are independent, so the split changes no byte.
-    threads = min(numba.get_num_threads(), rows) if size > _THREADED_SIZE else 1
-    if threads <= 1:
-        _encode_rows(0, rows, *arguments)
-        return
-    bounds = [rows * i // threads for i in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        jobs = [pool.submit(_encode_rows, *pair, *arguments) for pair in zip(bounds, bounds[1:], strict=False)]
-    for job in jobs:
-        job.result()
-
-
 @jit
 def _encode_rows(start, stop, source, packed, scales, zeros, shift, bits, group_size, symmetric, searched, dropped):  # type: ignore[no-untyped-def]
     """Rows start to stop. source: flat weight bits. packed: (rows, bytes). scales, zeros: (rows, groups)."""
@@ -101,36 +75,45 @@ def _encode_rows(start, stop, source, packed, scales, zeros, shift, bits, group_
         step *= 2
     codes = np.zeros((step, -(-columns // 8) * 8), np.uint8)
     tile = np.zeros((-(-group_size // UNROLLED) * UNROLLED if searched else 0, LANES), np.float32)
-    lows, highs, steps, least, found, found_least = np.zeros((6, LANES), np.float32)
+    lows, highs, steps, least, found, found_least = _lane_arrays()[:6]
+    work = _lane_arrays()
     for row in range(start, stop, step):
         rows = min(step, stop - row)
         for first in range(row * groups, (row + rows) * groups, LANES):
             count = min(LANES, (row + rows) * groups - first)
             for k in range(count):
-                lows[k], highs[k] = _range(source, (first + k) * group_size, group_size, shift)
+                lows[k], highs[k] = _range(source[(first + k) * group_size : (first + k + 1) * group_size], shift)
                 steps[k], least[k] = _spanning(lows[k], highs[k], qmax, symmetric, dropped)
             if searched:
                 load_tile(source, first, count, group_size, shift, tile.view(np.uint32))
                 found[:] = steps
                 found_least[:] = least
-                search(tile, lows, highs, qmax, symmetric, found, found_least)
-                keep_better(tile, qmax, dropped, steps, least, found, found_least)
+                search(tile, lows, highs, qmax, symmetric, found, found_least, work)
+                keep_better(tile, qmax, dropped, steps, least, found, found_least, work)
             for k in range(count):
                 line, g = divmod(first + k, groups)
                 scales[line, g] = steps[k]
                 zeros[line, g] = np.uint8(-least[k])
                 integers = codes[line - row, g * group_size : (g + 1) * group_size]
-                _quantize(source, (first + k) * group_size, shift, steps[k], least[k], np.float32(qmax), integers)
+                group = source[(first + k) * group_size : (first + k + 1) * group_size]
+                _quantize(group, shift, steps[k], least[k], np.float32(qmax), integers)
         for r in range(rows):
             _pack_row(codes[r].view(np.uint64), bits, packed[row + r])
 
 
 @jit
-def _range(source, start, count, shift):  # type: ignore[no-untyped-def]
+def _lane_arrays():  # type: ignore[no-untyped-def]
+    zeros = np.zeros(LANES, np.float32)
+    # Not rows of one array, which LLVM takes for one another's neighbours and leaves unvectorized.
+    return (zeros, zeros.copy(), zeros.copy(), zeros.copy(), zeros.copy(), zeros.copy(), zeros.copy())
+
+
+@jit
+def _range(source, shift):  # type: ignore[no-untyped-def]
     """The least and the greatest of the group and zero. As integers, negative ones reversed: those vectorize."""
     low = np.int32(0)
     high = np.int32(0)
-    for i in range(start, start + count):
+    for i in range(source.shape[0]):
         bits = np.int32(np.uint32(source[i]) << shift)
         key = np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
         low = min(low, key)
@@ -153,10 +136,10 @@ def _spanning(low, high, qmax, symmetric, dropped):  # type: ignore[no-untyped-d
 
 
 @jit
-def _quantize(source, start, shift, scale, least, qmax, integers):  # type: ignore[no-untyped-def]
+def _quantize(source, shift, scale, least, qmax, integers):  # type: ignore[no-untyped-def]
     inverse = np.float32(1) / scale
     for i in range(integers.shape[0]):
-        w = np.uint32(np.uint32(source[start + i]) << shift).view(np.float32)
+        w = np.uint32(np.uint32(source[i]) << shift).view(np.float32)
         integers[i] = np.uint8(np.int32(min(max(np.rint(w * inverse), least), least + qmax) - least))
 
 

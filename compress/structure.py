@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -110,8 +112,7 @@ class Structure:
         if pattern is not None or leaf != "weight" or not name.endswith(".weight") or parameter.dim() != 2:
             return []
         module = self.model.get_submodule(path)
-        # A subclass with a forward of its own (a router, say) does more than multiply.
-        if type(module).forward not in (nn.Linear.forward, Conv1D.forward):
+        if not _only_multiplies(module):
             return []
         return [
             Linear(
@@ -146,3 +147,20 @@ class Structure:
         part = converter.source_patterns.index(pattern)
         module = name.removesuffix(".weight")
         return [Linear(module, index=None, transposed=False, expert=int(match[1]), part=part, **shared)]
+
+
+def _only_multiplies(module: nn.Module) -> bool:
+    """Whether a module computes x @ weight.T + bias as nn.Linear does, or x @ weight + bias as Conv1D, and no more."""
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    if not isinstance(module, nn.Linear):
+        return False
+    # A subclass with a forward of its own is a router, say, or Falcon's linear; a small weight in its place tells.
+    with torch.device("cpu"):  # also while transformers builds on another
+        x, weight = torch.ones(2, 3), torch.arange(15.0).view(5, 3)
+        bias = None if module.bias is None else torch.arange(5.0)
+    try:
+        y = functional_call(module, {"weight": weight} if bias is None else {"weight": weight, "bias": bias}, (x,))
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return False
+    return isinstance(y, Tensor) and torch.equal(y, F.linear(x, weight, bias))

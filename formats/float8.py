@@ -1,14 +1,17 @@
-"""E4M3 (OCP 8-bit float: 4 exponent bits, 3 mantissa bits, no infinity), saturating; and the maxima for its scales."""
+"""E4M3 (OCP 8-bit float: 4 exponent bits, 3 mantissa bits, no infinity), saturating; and the maxima for its scales.
 
-from collections.abc import Iterator
+Compiled with numba on the CPU, plain torch elsewhere; the same bytes.
+"""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compress.formats.compiled import float_bits, in_threads, jit
+
 E4M3_MAX = 448.0
-_CHUNK = 1 << 18  # values: intermediate results of this size stay in a core's cache
-_INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def to_e4m3(weight: Tensor, scales: Tensor, block: tuple[int, int] | None = None) -> Tensor:
@@ -23,15 +26,14 @@ def to_e4m3(weight: Tensor, scales: Tensor, block: tuple[int, int] | None = None
         raise ValueError("scales: all must be positive; store 1 for a block of zeros")
     rows, cols = weight.shape
     lines, height = _lines(scales.float(), rows, cols, block)
-    line_of_row = torch.arange(rows, device=weight.device) // height
-    codes = torch.empty(rows, cols, dtype=torch.float8_e4m3fn, device=weight.device)
-    buffer = torch.empty(0, dtype=torch.float32, device=weight.device)
-    for part in _row_chunks(weight):
-        buffer.resize_(part.stop - part.start, cols)
-        torch.div(weight[part], lines[line_of_row[part]], out=buffer)
+    if weight.device.type != "cpu":
+        line_of_row = torch.arange(rows, device=weight.device) // height
         # Clamped because torch 2.11 casts what lies beyond 448 to NaN.
-        codes[part].copy_(buffer.clamp_(-E4M3_MAX, E4M3_MAX))
-    return codes
+        return (weight / lines[line_of_row]).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    source, shift = float_bits(weight)
+    codes = np.empty((rows, cols), np.uint8)
+    in_threads(_encode_rows, rows, weight.numel(), source, shift, lines.detach().contiguous().numpy(), height, codes)
+    return torch.from_numpy(codes).view(torch.float8_e4m3fn)
 
 
 def absmax(weight: Tensor, rows_per_block: int, cols_per_block: int) -> Tensor:
@@ -42,19 +44,21 @@ def absmax(weight: Tensor, rows_per_block: int, cols_per_block: int) -> Tensor:
     _check(weight)
     rows, cols = weight.shape
     blocks = _blocks(rows, cols, (rows_per_block, cols_per_block))
-    integers = weight.contiguous().view(_INTEGERS[weight.dtype])
-    of_rows = integers.new_zeros(blocks[0] * rows_per_block, blocks[1])
-    # Without their sign, floats order as integers do, and integers have the faster maximum.
-    mask = torch.iinfo(integers.dtype).max
-    if weight.numel():
-        for part in _row_chunks(integers):
-            magnitudes = F.pad(integers[part] & mask, (0, blocks[1] * cols_per_block - cols))
-            of_rows[:rows][part] = magnitudes.view(-1, blocks[1], cols_per_block).amax(dim=2)
-    return of_rows.view(blocks[0], rows_per_block, blocks[1]).amax(dim=1).view(weight.dtype).float()
+    if not weight.numel():
+        return torch.zeros(blocks, device=weight.device)
+    of_rows = torch.zeros(blocks[0] * rows_per_block, blocks[1], device=weight.device)
+    if weight.device.type == "cpu":
+        source, shift = float_bits(weight)
+        maxima = of_rows.numpy().view(np.uint32)
+        in_threads(_maxima_of_rows, rows, weight.numel(), source, shift, min(cols, cols_per_block), maxima)
+    else:
+        magnitudes = F.pad(weight.abs(), (0, blocks[1] * cols_per_block - cols))
+        of_rows[:rows] = magnitudes.view(rows, blocks[1], cols_per_block).amax(dim=2)
+    return of_rows.view(blocks[0], rows_per_block, blocks[1]).amax(dim=1)
 
 
 def _check(weight: Tensor) -> None:
-    if weight.ndim != 2 or weight.dtype not in _INTEGERS:
+    if weight.ndim != 2 or weight.dtype not in _DTYPES:
         raise ValueError(f"weight: a 2-D bf16, fp16 or fp32 tensor is needed, not {weight.ndim}-D {weight.dtype}")
 
 
@@ -67,15 +71,61 @@ def _blocks(rows: int, cols: int, block: tuple[int, int]) -> tuple[int, int]:
 def _lines(scales: Tensor, rows: int, cols: int, block: tuple[int, int] | None) -> tuple[Tensor, int]:
     """Scales as lines (n, 1 or cols), and how many rows of the weight share a line."""
     if block is None:
-        scales = scales.reshape(1, 1) if scales.ndim == 0 else scales
+        scales = scales.expand(1, 1) if scales.ndim < 2 and scales.numel() == 1 else scales
+        if scales.ndim != 2 or scales.shape[0] not in (1, rows) or scales.shape[1] not in (1, cols):
+            raise ValueError(f"scales: {tuple(scales.shape)} does not broadcast to the weight's {(rows, cols)}")
         return scales, max(1, rows) if scales.shape[0] == 1 else 1
     wanted = _blocks(rows, cols, block)
     if scales.shape != wanted:
         raise ValueError(f"scales: {wanted} blocks of {block} make up the weight, not {tuple(scales.shape)}")
-    return scales.repeat_interleave(block[1], dim=1)[:, :cols], block[0]
+    return scales if wanted[1] == 1 else scales.repeat_interleave(block[1], dim=1)[:, :cols], block[0]
 
 
-def _row_chunks(weight: Tensor) -> Iterator[slice]:
-    rows, cols = weight.shape
-    step = max(1, _CHUNK // max(1, cols)) if weight.device.type == "cpu" else max(1, rows)
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+@jit
+def _encode_rows(start, stop, source, shift, lines, height, codes):  # type: ignore[no-untyped-def]
+    for row in range(start, stop):
+        line = lines[row // height]
+        if line.shape[0] == 1:
+            _encode_with_one_scale(source[row], shift, line[0], codes[row])
+        else:
+            _encode(source[row], shift, line, codes[row])
+
+
+@jit
+def _encode_with_one_scale(source, shift, scale, codes):  # type: ignore[no-untyped-def]
+    for i in range(source.shape[0]):
+        codes[i] = _code(np.uint32(np.uint32(source[i]) << shift).view(np.float32) / scale)
+
+
+@jit
+def _encode(source, shift, scales, codes):  # type: ignore[no-untyped-def]
+    for i in range(source.shape[0]):
+        codes[i] = _code(np.uint32(np.uint32(source[i]) << shift).view(np.float32) / scales[i])
+
+
+@jit
+def _code(value):  # type: ignore[no-untyped-def]
+    """The E4M3 byte of a float32: 20 mantissa bits fewer, the exponent's bias 7 instead of 127."""
+    bits = np.float32(value).view(np.uint32)
+    magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
+    clamped = np.uint32(min(magnitude, np.uint32(0x43E00000)))  # 448
+    odd = np.uint32(clamped >> np.uint32(20)) & np.uint32(1)
+    normal = np.uint32(np.uint32(clamped + np.uint32(0x7FFFF) + odd) >> np.uint32(20)) - np.uint32((127 - 7) << 3)
+    # Below 2**-6 E4M3's steps are 2**-9, and so are float32's at 2**14, where the addition rounds and leaves a count.
+    sum_bits = np.float32(np.uint32(clamped).view(np.float32) + np.float32(2.0**14)).view(np.uint32)
+    small = np.uint32(sum_bits - np.uint32(0x46800000))
+    code = np.uint32(small if clamped < np.uint32(0x3C800000) else normal)
+    code = np.uint32(0x7F) if magnitude > np.uint32(0x7F800000) else code
+    return np.uint8(code | np.uint32(np.uint32(bits >> np.uint32(24)) & np.uint32(0x80)))
+
+
+@jit
+def _maxima_of_rows(start, stop, source, shift, width, maxima):  # type: ignore[no-untyped-def]
+    """Without their sign, floats order as integers do, and integers have the faster maximum."""
+    for row in range(start, stop):
+        for block in range(maxima.shape[1]):
+            maximum = np.uint32(0)
+            part = source[row, block * width : (block + 1) * width]
+            for i in range(part.shape[0]):
+                maximum = max(maximum, np.uint32(np.uint32(np.uint32(part[i]) << shift) & np.uint32(0x7FFFFFFF)))
+            maxima[row, block] = maximum

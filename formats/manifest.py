@@ -12,6 +12,7 @@ from typing import Any
 NAME = "compress.json"
 REPORT = "report.json"  # holds times, so it seals itself and the rest of the directory stays reproducible
 CHUNK = 1 << 24
+WEIGHTS = (".safetensors", ".safetensors.index.json")  # a loader would take tensors from these
 
 
 def seal(document: dict[str, Any]) -> str:
@@ -26,9 +27,10 @@ def unseal(path: Path) -> dict[str, Any]:
     try:
         text = path.read_bytes().decode()
         document = json.loads(text)
-        document.pop("sha256")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name}: not as it was written ({error})") from None
+    if not isinstance(document, dict) or document.pop("sha256", None) is None:
+        raise ValueError(f"{path.name}: not as it was written (it has no SHA-256 of its own)")
     if seal(document) != text:
         raise ValueError(f"{path.name}: its bytes do not match its own SHA-256")
     return dict(document)
@@ -47,7 +49,7 @@ def describe_files(directory: Path, shards: dict[str, str]) -> dict[str, dict[st
     files: dict[str, dict[str, Any]] = {}
     for path in _files(directory):
         name = path.relative_to(directory).as_posix()
-        if name in (NAME, REPORT):
+        if name in (NAME, REPORT, NAME + ".tmp"):  # the last is what an interruption left; it is about to be replaced
             continue
         digest = {"header_sha256": shards[name]} if name in shards else {"sha256": file_sha256(path)}
         files[name] = {"bytes": path.stat().st_size, **digest}
@@ -58,8 +60,8 @@ def verify(directory: Path) -> list[str]:
     """What is wrong with the directory, one line each; empty when every byte is as it was written."""
     try:
         manifest = unseal(directory / NAME)
-    except FileNotFoundError:
-        raise ValueError(f"{directory}: no {NAME}, so there is nothing to check it against") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{directory}: no {NAME} there, so there is nothing to check it against") from None
     except ValueError as error:
         return [str(error)]
     problems = []
@@ -72,8 +74,8 @@ def verify(directory: Path) -> list[str]:
         problems.append(f"{REPORT}: missing")
     for name, known in manifest["files"].items():
         problems += _check_file(directory / name, name, known, manifest["tensors"])
-    extra = {p.name for p in directory.glob("*.safetensors")} - set(manifest["files"])
-    return problems + [f"{name}: not part of what was written" for name in sorted(extra)]
+    extra = [p.relative_to(directory).as_posix() for p in _files(directory) if p.name.endswith(WEIGHTS)]
+    return problems + [f"{name}: not part of what was written" for name in extra if name not in manifest["files"]]
 
 
 def _check_file(path: Path, name: str, known: dict[str, Any], tensors: dict[str, Any]) -> Iterator[str]:

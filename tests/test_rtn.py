@@ -67,9 +67,7 @@ def test_an_asymmetric_absmax_group_by_hand() -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("kind", ["gauss", "outliers", "heavy", "shifted"])
-def test_mse_is_never_worse_than_absmax_in_any_group(
-    kind: str, bits: int, symmetric: bool, dtype: torch.dtype
-) -> None:
+def test_mse_is_never_worse_than_absmax_in_any_group(kind: str, bits: int, symmetric: bool, dtype: torch.dtype) -> None:
     weight = samples(kind).to(dtype)
     for group_size in (32, 128, 512):
         absmax = group_errors(weight, quantize(weight, bits, group_size, symmetric, "absmax"), bits)

@@ -1,0 +1,163 @@
+"""The contract that every registered scheme meets, whatever it does."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import compress
+from compress.planning import Plan, from_config
+from compress.registry import SCHEMES, make, options, scheme_class
+from compress.scheme import Scheme, Spec
+
+# |W - W'| / |W| that a Gaussian weight must stay under with the scheme's defaults.
+BOUNDS = {"int4": 0.11, "int8": 0.01, "fp8": 0.03}
+SHAPES = [(16, 128), (1, 128), (33, 96), (24, 172), (7, 131), (130, 257), (3, 1)]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def gaussian(shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def variants(name: str) -> list[Scheme]:
+    """The scheme with each choice of each of its options, the others at their defaults."""
+    made = [make(name)]
+    for option in options(name):
+        values = option["choices"] or ([True, False] if option["type"] == "bool" else [])
+        made += [make(name, {option["name"]: value}) for value in values]
+    if "bits" in [option["name"] for option in options(name)]:
+        made += [make(name, {"bits": bits, "symmetric": s}) for bits in range(2, 9) for s in (True, False)]
+    return list(dict.fromkeys(made))
+
+
+EVERY = [pytest.param(scheme, id=str(scheme)) for name in SCHEMES for scheme in variants(name)]
+
+
+def error(weight: Tensor, decoded: Tensor) -> float:
+    return ((weight.double() - decoded.double()).norm() / weight.double().norm()).item()
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_gaussian_weight_comes_back_within_the_bound_of_its_scheme(name: str) -> None:
+    weight = gaussian((64, 256))
+    assert error(weight, compress.decode(compress.encode(weight, name), name)) < BOUNDS[name]
+
+
+@pytest.mark.parametrize("scheme", EVERY)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_is_stored_is_what_was_planned_and_comes_back_in_shape_and_dtype(
+    scheme: Scheme, shape: tuple[int, int]
+) -> None:
+    for dtype in DTYPES:
+        weight = gaussian(shape, dtype)
+        before, fitted = weight.clone(), scheme.fit(shape)
+        tensors = fitted.encode(weight)
+        assert torch.equal(weight, before), "the input was changed"
+        stored = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        assert stored == fitted.specs(shape, dtype)
+        assert fitted.bytes(shape, dtype) == sum(tensor.nbytes for tensor in tensors.values())
+        assert fitted.original(stored) == Spec(dtype, shape)
+        decoded = fitted.decode(tensors)
+        assert (decoded.dtype, tuple(decoded.shape)) == (dtype, shape)
+        assert decoded.isfinite().all()
+
+
+@pytest.mark.parametrize("scheme", EVERY)
+def test_the_same_weight_is_encoded_to_the_same_bytes(scheme: Scheme) -> None:
+    weight = gaussian((48, 128))
+    first, second = scheme.encode(weight), scheme.encode(weight)
+    assert all(
+        torch.equal(a.flatten().view(torch.uint8), second[name].flatten().view(torch.uint8))
+        for name, a in first.items()
+    )
+
+
+@pytest.mark.parametrize("scheme", EVERY)
+def test_linear_multiplies_with_the_decoded_weight(scheme: Scheme) -> None:
+    tensors = scheme.encode(gaussian((40, 128)))
+    x, bias = torch.randn(3, 5, 128, dtype=torch.bfloat16), torch.randn(40, dtype=torch.bfloat16)
+    want = F.linear(x.double(), scheme.decode(tensors).double(), bias.double())
+    got = scheme.linear(x, tensors, bias)
+    assert got.shape == (3, 5, 40)
+    # bfloat16 keeps 8 bits: half a unit in the last place of the result is 2**-9 of it.
+    assert ((got.double() - want).norm() / want.norm()).item() < 2**-8
+
+
+@pytest.mark.parametrize("scheme", EVERY)
+def test_zeros_come_back_as_zeros(scheme: Scheme) -> None:
+    weight = torch.zeros(16, 128, dtype=torch.bfloat16)
+    weight[3] = 1.0
+    decoded = scheme.decode(scheme.encode(weight))
+    assert not decoded[:3].any() and not decoded[4:].any()
+
+
+@pytest.mark.parametrize("scheme", EVERY)
+def test_one_outlier_stays_finite_and_near(scheme: Scheme) -> None:
+    weight = gaussian((16, 128))
+    weight[5, 7] = 1e4
+    decoded = scheme.decode(scheme.encode(weight))
+    assert decoded.isfinite().all()
+    assert abs(decoded[5, 7].item() / 1e4 - 1) < 0.6  # at 2 bits a symmetric grid ends short of its largest value
+
+
+@pytest.mark.parametrize("scheme", EVERY)
+def test_tiny_and_huge_weights_stay_finite(scheme: Scheme) -> None:
+    for scale, dtype in itertools.product((1e-38, 1e-30, 1e30), (torch.bfloat16, torch.float32)):
+        weight = gaussian((8, 128), torch.float32).mul(scale).to(dtype)
+        assert scheme.decode(scheme.encode(weight)).isfinite().all()
+
+
+@pytest.mark.parametrize("scheme", EVERY)
+def test_a_scheme_survives_config_json(scheme: Scheme) -> None:
+    fields = scheme.to_dict()
+    assert make(fields.pop("scheme"), fields) == scheme
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_nan_and_infinity_are_refused_unless_they_come_back(name: str) -> None:
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        weight = gaussian((8, 128))
+        weight[1, 2] = bad
+        if scheme_class(name).lossless:
+            assert torch.equal(
+                compress.decode(compress.encode(weight, name), name).view(torch.int16), weight.view(torch.int16)
+            )
+            continue
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            compress.encode(weight, name)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_linear_of_ours_carries_bias_and_weight(name: str) -> None:
+    weight, bias = gaussian((16, 96)), torch.randn(16, dtype=torch.bfloat16)
+    linear = compress.linear(weight, name, bias=bias)
+    x = torch.randn(2, 96, dtype=torch.bfloat16)
+    assert torch.equal(linear(x), F.linear(x, linear.weight, bias))
+    assert (linear.out_features, linear.in_features) == (16, 96)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_scheme_says_what_it_is(name: str) -> None:
+    cls = scheme_class(name)
+    assert cls.name == name and cls.__doc__ and dataclasses.is_dataclass(cls)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_an_interchange_form_is_read_back_as_the_scheme(name: str) -> None:
+    for scheme in variants(name):
+        if scheme.interchange is None:
+            continue
+        stored = [f"model.a.{local}" for local in scheme.specs((128, 128), torch.bfloat16)]
+        plan = Plan({"model.a": _packed(scheme)}, interchange=True)
+        read = from_config(plan.to_config(), stored)["model.a"].scheme
+        assert read.interchange == scheme.interchange
+
+
+def _packed(scheme: Scheme):  # type: ignore[no-untyped-def]
+    from compress.planning import Packed
+
+    return Packed(scheme, "model.a.weight")
