@@ -363,14 +363,12 @@ def export(model: str, form: str, out: Path, overwrite: bool, as_json: bool) -> 
 def schemes(as_json: bool) -> None:
     """List every scheme: what it is, its options, their defaults and allowed values."""
     from compress import tables
-    from compress.registry import options, scheme_class
+    from compress.registry import describe
 
-    described = [
-        {"name": name, "about": (scheme_class(name).__doc__ or "").split("\n")[0], "options": options(name)}
-        for name in SCHEMES
-    ]
+    described = [describe(name) for name in SCHEMES]
     _emit(described, as_json)
-    _table(tables.schemes(described))
+    _table(*map(tables.scheme, described))
+
 
 if __name__ == "__main__":
     main()

@@ -1,8 +1,8 @@
 """MSE-optimal clipping: the search that rtn.py runs, sixteen groups at a time, compiled with numba.
 
 For a grid (scale, low) and integers v = clip(round(w / scale), low, low + qmax), the least-squares scale of those v is
-sum(w v) / sum(v v), and what it explains of sum(w w) is sum(w v)**2 / sum(v v). Each group tries a ladder of ranges, takes
-the one that explains most at its refitted scale (a Lloyd step), and keeps it if it beats absmax as stored.
+sum(w v) / sum(v v), and what it explains of sum(w w) is sum(w v)**2 / sum(v v). Each group tries a ladder of ranges,
+takes the one that explains most at its refitted scale (a Lloyd step), and keeps it if it beats absmax as stored.
 
 Lane k of every array is group k, so that no sum crosses lanes: its order, hence every byte, is the same everywhere.
 """
@@ -17,7 +17,7 @@ UNROLLED = 8  # values of a group added up before a sum goes through memory
 
 @jit
 def load_tile(source, first, count, group_size, shift, tile):  # type: ignore[no-untyped-def]
-    """source: flat weight bits. tile: (group_size or more, LANES) uint32, filled with `count` groups from `first` on."""
+    """source: flat weight bits. tile: (group_size or more, LANES) uint32, filled with `count` groups from `first`."""
     for k in range(count):
         group = source[(first + k) * group_size : (first + k + 1) * group_size]
         for i in range(group_size):
@@ -80,7 +80,7 @@ def _explain(tile, qmax, inverses, bottoms, wv, vv):  # type: ignore[no-untyped-
 
 @jit
 def keep_better(tile, qmax, dropped, scales, least, found, found_least, work):  # type: ignore[no-untyped-def]
-    """Puts the found grid, or its neighbours in the scales' type, where its error as stored is below that of `scales`."""
+    """Puts the found grid, or a neighbour in the scales' type, where its error as stored is below that of `scales`."""
     best, error, near, inverses = work[:4]
     _stored_error(tile, qmax, dropped, scales, least, inverses, best)
     # More than the sums' rounding can be wrong by, so that no group ends up worse than it was.

@@ -21,7 +21,10 @@ BLOCK = 128
 
 @dataclass(frozen=True)
 class Fp8(Scheme):
-    """w = weight * weight_scale, with weight in E4M3 (largest value 448) and the scale in the source's dtype."""
+    """8-bit floats (E4M3) with a scale per output channel, tensor or 128x128 block.
+
+    w = weight * weight_scale; the largest E4M3 value is 448, and the scale has the source's dtype.
+    """
 
     name = "fp8"
     granularity: Literal["channel", "tensor", "block"] = "channel"

@@ -22,7 +22,10 @@ DECODE_VALUES = 1 << 18  # values decoded at once: what a core's cache holds, wh
 
 @dataclass(frozen=True)
 class Int4(Scheme):
-    """w = (q - zero) * scale for groups of `group_size` values along in_features; q and zero have `bits` bits."""
+    """Integers of 2 to 8 bits in groups along in_features: w = (q - zero) * scale, rounded to nearest.
+
+    clip=mse searches each group's scale (and zero) for the least squared error; absmax spans the group's range.
+    """
 
     name = "int4"
     bits: int = 4

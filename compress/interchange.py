@@ -56,6 +56,15 @@ def needs_dequantize(distinct: Iterable[Scheme], experts: bool) -> bool:
     return experts or any(isinstance(scheme, Int4) and not scheme.symmetric for scheme in distinct)
 
 
+def loader_note(distinct: Iterable[Scheme], experts: bool) -> str:
+    """How transformers loads it without us, for the model card."""
+    schemes = list(distinct)
+    odd = any(isinstance(scheme, Int4) and scheme.bits not in (4, 8) for scheme in schemes)
+    package = "compressed-tensors >= 0.20, which packs this width as it is stored" if odd else "compressed-tensors"
+    when = "decoded to dense weights while loading" if needs_dequantize(schemes, experts) else "decoded when first run"
+    return f"with {package}; {when}"
+
+
 def read(config: Mapping[str, Any], stored: Iterable[str]) -> dict[str, Scheme]:
     """module -> Scheme for a weight-only compressed-tensors checkpoint, whoever wrote it.
 

@@ -32,7 +32,7 @@ class Job:
     def __enter__(self) -> Job:
         if self.partial.is_symlink() or (self.partial.exists() and not self._is_ours()):
             raise ValueError(f"{self.partial} is in the way and not ours; move it or choose another output")
-        if not self._named():
+        if not self.partial.exists():
             check_replace(self.out, self.overwrite)
         self.journal.mkdir(parents=True, exist_ok=True)
         self._lock = (self.journal / "lock").open("w")
@@ -94,16 +94,18 @@ class Job:
         """Goes on with what the same command left, or clears away what another one left."""
         same = self.recall("job") == {"fingerprint": self.fingerprint}
         self.resumed = same and (self.checkpoint.is_dir() or self._named())
-        if self.resumed:
-            return
-        self._clear()
+        if not self.resumed:
+            self._clear()
         try:
-            check_replace(self.out, self.overwrite)  # again: _clear may have given an output back
+            if not self._named():
+                check_replace(self.out, self.overwrite)  # _clear may have given an output back
         except ValueError:
-            self.discard()
+            if not self.resumed:
+                self.discard()
             raise
-        self.checkpoint.mkdir()
-        self.note("job", {"fingerprint": self.fingerprint})
+        if not self.resumed:
+            self.checkpoint.mkdir()
+            self.note("job", {"fingerprint": self.fingerprint})
 
     def _clear(self) -> None:
         """Empties OUT.partial but for the lock. The first step makes what is left unusable, were it the last one."""

@@ -42,6 +42,17 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Scheme:
     return cls(**parsed)
 
 
+def describe(name: str) -> dict[str, Any]:
+    """A scheme for people: what it is, its size with default options on a 4096x4096 bfloat16 weight, its options."""
+    import torch
+
+    cls, shape = scheme_class(name), (4096, 4096)
+    about = (cls.__doc__ or "").strip().split("\n")[0]
+    bits = 8 * cls().fit(shape).bytes(shape, torch.bfloat16) / (shape[0] * shape[1])
+    needs = {"lossless": cls.lossless, "needs_calibration": cls.needs_calibration}
+    return {"name": name, "about": about, "bits_per_weight": bits, **needs, "options": options(name)}
+
+
 def options(name: str) -> list[dict[str, Any]]:
     """The options of a scheme: name, type, default, choices (None where any value of the type may be tried)."""
     cls = scheme_class(name)

@@ -1,9 +1,9 @@
 """Round to nearest with MSE-optimal clipping: integer grids without data, compiled with numba.
 
 A group of weights w is stored as (q - zero) * scale, q and zero unsigned integers of `bits` bits. "absmax" spans the
-group's range with a positive scale. "mse" searches shorter ranges (clip.py), and symmetric grids may then have a negative
-scale: their integers reach one further below zero than above, and the longer end goes to the larger weight, as in ggml
-and AutoRound. "mse" is never worse than "absmax" in any group, on the values as stored.
+group's range with a positive scale. "mse" searches shorter ranges (clip.py), and symmetric grids may then have a
+negative scale: integers reach one further below zero than above, and the longer end goes to the larger weight, as in
+ggml and AutoRound. "mse" is never worse than "absmax" in any group, on the values as stored.
 """
 
 from dataclasses import dataclass

@@ -22,7 +22,7 @@ from compress.eval.evaluate import check, evaluate
 from compress.eval.report import Report, card
 from compress.formats import manifest
 from compress.formats.checkpoint import write_text
-from compress.interchange import needs_dequantize
+from compress.interchange import loader_note
 from compress.job import Job, check_apart
 from compress.pipeline import SHARD_BYTES, Written, write
 from compress.prepare import Prepared, summarize
@@ -66,8 +66,9 @@ def run(prepared: Prepared, model: str, out: Path, options: Options, progress: P
     with Job(out, decisive, options.overwrite) as job:
         if not job.finished:
             written = _write(job, prepared, options, progress)
+            peak = peak_rss_bytes()  # of the compression: scoring holds a whole model
             evaluation = _score(job, prepared, options, progress)
-            _seal(job, prepared, recipe, options, written, evaluation, time.monotonic() - started)
+            _seal(job, prepared, recipe, options, written, evaluation, (time.monotonic() - started, peak))
         job.finish()
     return read_report(out)
 
@@ -151,7 +152,7 @@ def _seal(
     options: Options,
     written: Written,
     evaluation: dict[str, Any] | None,
-    seconds: float,
+    cost: tuple[float, int],  # seconds in all, peak bytes while compressing
 ) -> None:
     """Writes report.json, README.md and compress.json, in an order in which each covers what came before."""
     report = Report(
@@ -159,17 +160,16 @@ def _seal(
         scheme=prepared.scheme.name,
         options={key: value for key, value in prepared.scheme.to_dict().items() if key != "scheme"},
         **summarize(written.reports),
-        seconds=seconds,
-        peak_rss_bytes=peak_rss_bytes(),
+        seconds=cost[0],
+        peak_rss_bytes=cost[1],
         tensors=written.reports,
         notes=prepared.notes(),
         evaluation=evaluation,
     )
     write_text(job.checkpoint / manifest.REPORT, manifest.seal(report.to_dict()))
     plan = prepared.plan
-    dequantize = plan.interchange and needs_dequantize(_schemes(prepared), plan.experts)
-    text = card(report, options.command, plan.interchange, dequantize)
-    write_text(job.checkpoint / "README.md", text)
+    loader = loader_note(_schemes(prepared), plan.experts) if plan.interchange else None
+    write_text(job.checkpoint / "README.md", card(report, options.command, loader))
     document = {
         "format": 1,
         "recipe": recipe,

@@ -37,6 +37,7 @@ class Scheme:
 
     name: ClassVar[str]
     lossless: ClassVar[bool] = False  # NaN and infinity are only accepted where they come back
+    needs_calibration: ClassVar[bool] = False
 
     def fit(self, shape: tuple[int, int]) -> Scheme:
         """The scheme for an (out_features, in_features) weight: itself, or for example with a group that divides it."""

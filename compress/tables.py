@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from compress.eval.report import Report, score_lines
 from compress.prepare import Forecast
@@ -66,18 +68,16 @@ def scores(evaluation: dict[str, Any]) -> Table:
     return table
 
 
-def schemes(described: list[dict[str, Any]]) -> Table:
-    """Every scheme with its options."""
-    table = Table(box=None, pad_edge=False)
-    for heading in ("scheme", "option", "type", "default", "allowed"):
+def scheme(described: dict[str, Any]) -> Group:
+    """What a scheme is, and its options."""
+    title = f"{described['name']}: {described['about']} {described['bits_per_weight']:.3f} bits per weight by default."
+    table = Table(box=None, padding=(0, 2))
+    for heading in ("option", "type", "default", "allowed"):
         table.add_column(heading, overflow="fold")
-    for scheme in described:
-        table.add_row(f"[bold]{scheme['name']}[/]", "", "", "", "")
-        table.add_row("", scheme["about"], "", "", "")
-        for option in scheme["options"]:
-            allowed = ", ".join(option["choices"]) if option["choices"] else ""
-            table.add_row("", option["name"], option["type"], str(option["default"]).lower(), allowed)
-    return table
+    for option in described["options"]:
+        allowed = ", ".join(option["choices"]) if option["choices"] else ""
+        table.add_row(option["name"], option["type"], str(option["default"]).lower(), allowed)
+    return Group(Text(title, style="bold"), table)
 
 
 def _pairs() -> Table:

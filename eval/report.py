@@ -49,8 +49,11 @@ def score_lines(evaluation: dict[str, Any]) -> list[tuple[str, str, str]]:
     return lines
 
 
-def card(report: Report, command: str, interchange: bool, dequantize: bool) -> str:
-    """The model card. Without times, so that the same run writes the same bytes."""
+def card(report: Report, command: str, loader: str | None) -> str:
+    """The model card. Without times, so that the same run writes the same bytes.
+
+    loader: how transformers loads it without us; None where it cannot.
+    """
     options = ", ".join(f"{key}={value}" for key, value in report.options.items())
     bits = "" if report.bits_per_weight is None else f"{report.bits_per_weight:.3f} bits per compressed weight, "
     parts = [
@@ -60,7 +63,7 @@ def card(report: Report, command: str, interchange: bool, dequantize: bool) -> s
         f"Scheme `{report.scheme}` ({options}). {show(report.bytes)} of tensors, {report.ratio:.2f} times smaller than "
         f"{show(report.original_bytes)}; {bits}{report.bits_per_weight_model:.3f} over the whole model.\n",
         _scores(report.evaluation),
-        _loading(interchange, dequantize),
+        _loading(loader),
         "`compress verify DIR` checks every byte; `compress export DIR --to bf16 -o PLAIN` writes plain weights.\n",
     ]
     if report.notes:
@@ -80,18 +83,17 @@ def _scores(evaluation: dict[str, Any] | None) -> str:
     )
 
 
-def _loading(interchange: bool, dequantize: bool) -> str:
+def _loading(loader: str | None) -> str:
     ours = "import compress\nmodel = compress.load(DIR)  # runs on the packed weights\n"
-    if not interchange:
+    if loader is None:
         ours += (
             "# or: import compress.hf; AutoModelForCausalLM.from_pretrained(DIR)\n"
             "# Without `compress` installed, loading stops with an error: the weights are in its own layout.\n"
         )
         return f"## Loading\n\n```python\n{ours}```\n"
-    how = "decoded to dense weights while loading" if dequantize else "decoded at the first forward pass"
     plain = (
-        f"# or without us, with the compressed-tensors package ({how}):\n"
+        f"# or without us, {loader}:\n"
         "from transformers import AutoModelForCausalLM\n"
         "model = AutoModelForCausalLM.from_pretrained(DIR)\n"
     )
-    return f"## Loading\n\n```python\n{ours}{plain}```\n\nThe layout is compressed-tensors, which vLLM reads too.\n"
+    return f"## Loading\n\n```python\n{ours}{plain}```\n\nThe layout is compressed-tensors, which vLLM reads.\n"
