@@ -39,25 +39,32 @@ def search(tile, lows, highs, qmax, symmetric, scales, least, work):  # type: ig
         if np.float32(2.0**-40) < span < np.float32(2.0**40):
             unit[k] = np.float32(-1 if symmetric and highs[k] > -lows[k] else 1) / span
         middle[k] = (lows[k] + highs[k]) * unit[k] * np.float32(0.5)
-    for candidate in range(8 if symmetric else 16):
-        _propose(candidate, qmax, symmetric, unit, middle, inverses, bottoms)
-        _explain(tile, np.float32(qmax), inverses, bottoms, wv, vv)
-        for k in range(LANES):
-            explained = (wv[k] * unit[k]) * (wv[k] * unit[k]) / vv[k]
-            better = explained > most[k]
-            most[k] = explained if better else most[k]
-            scales[k] = wv[k] / vv[k] if better else scales[k]
-            least[k] = bottoms[k] if better else least[k]
+    # From one rung to the next the cut grows by a tenth. A lone outlier of g values is best cut to n steps,
+    # n = 2**(bits - 1) + g / (12 * 2**(bits - 1)); less of it to anything with more values near its maximum.
+    rung = 0.4 if symmetric else 0.5
+    steps = (qmax + 1) // 2 - 0.6 if symmetric else qmax - 0.5
+    excess = tile.shape[0] / (6 * (qmax + 1))
+    last = max(steps + 9 * rung, (qmax + 1) // 2 + excess if symmetric else qmax + 2 * excess)
+    while steps < last:
+        for up in range(1 if symmetric else 2):
+            _propose(np.float32(steps), up, qmax, symmetric, unit, middle, inverses, bottoms)
+            _explain(tile, np.float32(qmax), inverses, bottoms, wv, vv)
+            for k in range(LANES):
+                explained = (wv[k] * unit[k]) * (wv[k] * unit[k]) / vv[k]
+                better = explained > most[k]
+                most[k] = explained if better else most[k]
+                scales[k] = wv[k] / vv[k] if better else scales[k]
+                least[k] = bottoms[k] if better else least[k]
+        steps += rung
+        rung *= 1.1
 
 
 @jit
-def _propose(candidate, qmax, symmetric, unit, middle, inverses, bottoms):  # type: ignore[no-untyped-def]
-    """Symmetric: the absmax at n steps, n from 2**(bits - 1) - 0.6 up: a grid that the weights lie on is recovered.
-    Asymmetric: eight ranges, each cut alike at both ends, with the zero rounded down and up."""
-    steps = np.float32((qmax + 1) // 2 - 0.6 + 0.4 * candidate if symmetric else qmax - 0.5 + 0.5 * (candidate // 2))
+def _propose(steps, up, qmax, symmetric, unit, middle, inverses, bottoms):  # type: ignore[no-untyped-def]
+    """Symmetric: the absmax at `steps` steps. Asymmetric: the range, cut alike at both ends, its zero rounded down or up."""
     for k in range(LANES):
         inverses[k] = unit[k] * steps
-        centre = np.floor(middle[k] * steps - np.float32(0.5 * qmax)) + np.float32(candidate % 2)
+        centre = np.floor(middle[k] * steps - np.float32(0.5 * qmax)) + np.float32(up)
         bottoms[k] = np.float32(-(qmax // 2) - 1) if symmetric else min(max(centre, np.float32(-qmax)), np.float32(0))
 
 

@@ -44,7 +44,7 @@ def quantize(weight: Tensor, bits: int, group_size: int, symmetric: bool, clip: 
     scales = np.empty((rows, columns // group_size), np.float32)
     zeros = np.empty(scales.shape, np.uint8)
     options = (shift, bits, group_size, symmetric, clip == "mse", _DROPPED_BITS[weight.dtype])
-    in_threads(_encode_rows, rows, weight.numel(), source.ravel(), packed, scales, zeros, *options)
+    in_threads(_encode_rows, rows, weight.numel(), source.ravel(), packed, scales.ravel(), zeros.ravel(), *options)
     return Grid(
         torch.from_numpy(packed.view(np.int32)),
         torch.from_numpy(scales).to(weight.dtype),
@@ -64,21 +64,23 @@ def _check(weight: Tensor, bits: int, group_size: int, clip: str) -> None:
 
 
 @jit
-def _encode_rows(start, stop, source, packed, scales, zeros, shift, bits, group_size, symmetric, searched, dropped):  # type: ignore[no-untyped-def]
+def _encode_rows(first_row, stop_row, source, packed, scales, zeros, shift, bits, group_size, symmetric, searched, dropped):  # type: ignore[no-untyped-def]
     """Rows start to stop. source: flat weight bits. packed: (rows, bytes). scales, zeros: (rows, groups)."""
-    groups = scales.shape[1]
+    groups = scales.shape[0] // max(1, packed.shape[0])
     columns = groups * group_size
     qmax = 2**bits - 1
     # Enough rows at a time for whole tiles of groups, in order and across rows.
     step = 1
     while step * groups % LANES and step < LANES:
         step *= 2
-    codes = np.zeros((step, -(-columns // 8) * 8), np.uint8)
+    # Bytes are made from a whole row, because a loop over a short group would not vectorize for them.
+    rounded = np.zeros(step * columns, np.float32)
+    octets = np.zeros(-(-columns // 8) * 8, np.uint8)
     tile = np.zeros((-(-group_size // UNROLLED) * UNROLLED if searched else 0, LANES), np.float32)
     lows, highs, steps, least, found, found_least = _lane_arrays()[:6]
     work = _lane_arrays()
-    for row in range(start, stop, step):
-        rows = min(step, stop - row)
+    for row in range(first_row, stop_row, step):
+        rows = min(step, stop_row - row)
         for first in range(row * groups, (row + rows) * groups, LANES):
             count = min(LANES, (row + rows) * groups - first)
             for k in range(count):
@@ -91,14 +93,15 @@ def _encode_rows(start, stop, source, packed, scales, zeros, shift, bits, group_
                 search(tile, lows, highs, qmax, symmetric, found, found_least, work)
                 keep_better(tile, qmax, dropped, steps, least, found, found_least, work)
             for k in range(count):
-                line, g = divmod(first + k, groups)
-                scales[line, g] = steps[k]
-                zeros[line, g] = np.uint8(-least[k])
-                integers = codes[line - row, g * group_size : (g + 1) * group_size]
-                group = source[(first + k) * group_size : (first + k + 1) * group_size]
-                _quantize(group, shift, steps[k], least[k], np.float32(qmax), integers)
+                scales[first + k] = steps[k]
+                zeros[first + k] = np.uint8(-least[k])
+                start = (first + k) * group_size
+                integers = rounded[start - row * columns : start - row * columns + group_size]
+                _quantize(source[start : start + group_size], shift, steps[k], least[k], np.float32(qmax), integers)
         for r in range(rows):
-            _pack_row(codes[r].view(np.uint64), bits, packed[row + r])
+            for i in range(columns):
+                octets[i] = np.uint8(np.int32(rounded[r * columns + i]))
+            _pack_row(octets.view(np.uint64), bits, packed[row + r])
 
 
 @jit
@@ -138,9 +141,9 @@ def _spanning(low, high, qmax, symmetric, dropped):  # type: ignore[no-untyped-d
 @jit
 def _quantize(source, shift, scale, least, qmax, integers):  # type: ignore[no-untyped-def]
     inverse = np.float32(1) / scale
-    for i in range(integers.shape[0]):
+    for i in range(source.shape[0]):
         w = np.uint32(np.uint32(source[i]) << shift).view(np.float32)
-        integers[i] = np.uint8(np.int32(min(max(np.rint(w * inverse), least), least + qmax) - least))
+        integers[i] = min(max(np.rint(w * inverse), least), least + qmax) - least
 
 
 @jit

@@ -12,7 +12,7 @@ _THREADED_SIZE = 1 << 20  # values: below, starting threads costs more than it s
 
 
 def jit(function: Any) -> Any:
-    """No fastmath: the same bytes on every machine. Division as NumPy's, because a check for zero does not vectorize."""
+    """No fastmath: the same bytes on every machine. Division as NumPy's: a check for zero does not vectorize."""
     try:
         return numba.njit(nogil=True, cache=True, error_model="numpy")(function)
     except RuntimeError:  # numba's "no locator": neither the package's directory nor the user's cache can be written
@@ -29,7 +29,7 @@ def float_bits(weight: Tensor) -> tuple[Any, int]:
 
 
 def in_threads(loop: Any, rows: int, size: int, *arguments: Any) -> None:
-    """loop(start, stop, *arguments) over parts of the rows, which must not depend on each other. size: values in all."""
+    """loop(start, stop, *arguments) over parts of the rows, which are independent. size: values in all."""
     # Plain threads, not numba's: its default layer aborts when two Python threads enter it at once, and a parallel
     # kernel takes several times as long to compile.
     threads = min(numba.get_num_threads(), rows) if size > _THREADED_SIZE else 1

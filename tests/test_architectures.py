@@ -119,9 +119,10 @@ def test_each_weight_is_run_where_it_came_from_and_exported_as_it_is_run(
         assert difference(weight, of_plain(original, path)) < ERROR[scheme], path
     for path, parameter in exported.named_parameters():  # norms, biases, embeddings, routers
         assert path in found or torch.equal(parameter, original.get_parameter(path)), path
-    # Experts run one by one here and all at once there: bf16 is rounded in other places.
-    tolerance = 0.02 if name in EXPERTS else 0.0
-    assert difference(logits(model), logits(exported)) <= tolerance
+    if name in EXPERTS:
+        exported.set_experts_implementation("eager")  # one by one, as we do: rounded alike, so routed alike
+    # A kernel may sum in another order, which bf16 rounds.
+    assert difference(logits(model), logits(exported)) < 0.01
 
 
 @pytest.mark.parametrize("name, scheme", CASES)

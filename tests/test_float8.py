@@ -84,6 +84,34 @@ def test_block_scales_and_maxima_match_a_loop_over_blocks(dtype: torch.dtype, sh
                 assert torch.equal(codes[i : i + height, j : j + width], expected.float())
 
 
+@pytest.mark.parametrize("rows", [1, 127, 129, 200, 257])
+def test_rows_that_are_no_multiple_of_the_block_make_a_smaller_last_one(rows: int) -> None:
+    weight = torch.randn(rows, 40, generator=torch.Generator().manual_seed(2))
+    maxima = absmax(weight, 128, 16)
+    expected = [[part.abs().max() for part in line.split(16, dim=1)] for line in weight.split(128)]
+    assert torch.equal(maxima, torch.tensor(expected))
+    last = weight[rows // 128 * 128 :, 32:]
+    codes = to_e4m3(weight, maxima, (128, 16))[rows // 128 * 128 :, 32:]
+    if last.numel():
+        assert torch.equal(codes.float(), (last / maxima[-1, -1]).to(torch.float8_e4m3fn).float())
+
+
+def test_random_float32_bits_give_the_bytes_of_torch() -> None:
+    bits = torch.randint(-(2**31), 2**31, (512, 512), generator=torch.Generator().manual_seed(4), dtype=torch.int64)
+    near_one = torch.randn(512, 512, generator=torch.Generator().manual_seed(5))
+    for weight in (bits.int().view(torch.float32).nan_to_num(1.0), near_one, near_one * 2.0**-8):
+        for scales in (torch.tensor(1.0), torch.linspace(0.1, 1, 512)[:, None], torch.linspace(0.1, 1, 512)[None]):
+            expected = (weight / scales).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+            assert torch.equal(to_e4m3(weight, scales).view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_a_nan_makes_its_block_maximum_nan_and_no_other() -> None:
+    for dtype in DTYPES:
+        weight = torch.ones(4, 8, dtype=dtype)
+        weight[1, 2] = math.nan
+        assert absmax(weight, 2, 4).isnan().tolist() == [[True, False], [False, False]]
+
+
 def test_scales_may_be_for_the_tensor_the_rows_or_the_columns() -> None:
     weight = torch.randn(6, 10, generator=torch.Generator().manual_seed(1)).bfloat16()
     for scales in (torch.tensor(0.01), torch.rand(6, 1) + 0.1, torch.rand(1, 10) + 0.1, torch.rand(6, 10) + 0.1):

@@ -36,10 +36,11 @@ def samples(kind: str, rows: int = 16, columns: int = 512) -> Tensor:
 
 
 def brute_force(group: Tensor, bits: int, symmetric: bool) -> float:
-    """The least error over a fine grid of scales and every zero."""
+    """The least error over a fine grid of scales, of both signs if symmetric, and every zero."""
     top = 2**bits - 1
     spread = float(group.abs().max() * 2 if symmetric else group.max().clamp(min=0) - group.min().clamp(max=0))
     scales = torch.linspace(0.2, 1.1, 600)[:, None] * spread / top
+    scales = torch.cat([scales, -scales]) if symmetric else scales
     least = float("inf")
     for zero in [2 ** (bits - 1)] if symmetric else range(top + 1):
         integers = (group[None] / scales).round().clamp(-zero, top - zero)
@@ -53,6 +54,30 @@ def test_a_symmetric_group_already_on_its_grid_is_stored_exactly() -> None:
     assert grid.zeros is None
     assert grid.scales.tolist() == [[0.25]]
     assert unpack(grid.packed, 4, 8).tolist() == [[0, 5, 7, 8, 9, 10, 13, 15]]
+
+
+def test_the_largest_value_takes_the_longer_end_of_a_symmetric_grid() -> None:
+    weight = torch.tensor([[8.0, 3.0, 1.0, 0.0, -1.0, -2.0, -5.0, -7.0]]) * 0.25
+    grid = quantize(weight, 4, 8, True)
+    assert grid.scales.tolist() == [[-0.25]]
+    assert unpack(grid.packed, 4, 8).tolist() == [[0, 5, 7, 8, 9, 10, 13, 15]]
+    assert torch.equal(decode(grid, 4, 8), weight)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_symmetric_integers_without_the_longest_are_stored_exactly(bits: int) -> None:
+    top = 2 ** (bits - 1) - 1
+    weight = torch.arange(-top, top + 1).float()[None] * 0.5
+    assert torch.equal(decode(quantize(weight, bits, weight.shape[1], True), bits, weight.shape[1]), weight)
+
+
+def test_groups_of_32_beat_the_rule_of_ggml_q4_0() -> None:
+    """Q4_0: the value furthest from zero at -8, with its float16 scale."""
+    weight = torch.randn(64, 1024, generator=torch.Generator().manual_seed(5)).bfloat16()
+    groups = weight.float().view(-1, 32)
+    scales = groups.gather(1, groups.abs().argmax(1, keepdim=True)) / -8
+    q4_0 = (groups - (groups / scales).round().clamp(-8, 7) * scales.half().float()).square().sum()
+    assert float(group_errors(weight, quantize(weight, 4, 32, True), 4).sum() / q4_0) < 0.91
 
 
 def test_an_asymmetric_absmax_group_by_hand() -> None:
@@ -111,7 +136,7 @@ def test_constant_and_tiny_and_huge_rows_stay_near_and_finite(dtype: torch.dtype
     for value in (0.37, -0.37, limits.tiny, limits.smallest_normal / 4, limits.max / 4, -limits.max / 4):
         weight = torch.full((1, 32), value, dtype=dtype)
         grid = quantize(weight, 4, 32, symmetric)
-        assert bool((grid.scales > 0).all()) and bool(grid.scales.isfinite().all())
+        assert bool((grid.scales != 0).all()) and bool(grid.scales.isfinite().all())
         error = (decode(grid, 4, 32).double() - weight.double()).abs().max()
         # A scale cannot be below the smallest one that is allowed, 2**-126 or 2**-24.
         assert float(error) <= max(0.08 * abs(float(weight[0, 0])), 2.0**-24 if dtype == torch.float16 else 2.0**-126)

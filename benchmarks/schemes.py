@@ -1,0 +1,52 @@
+"""Size and cost of every scheme on one model, as the table in the README.
+
+    python benchmarks/schemes.py MODEL --text FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import compress
+
+RUNS: list[tuple[str, dict[str, Any]]] = [
+    ("int8", {}),
+    ("fp8", {}),
+    ("fp8", {"granularity": "tensor"}),
+    ("fp8", {"granularity": "block"}),
+    ("int4", {"group_size": 32}),
+    ("int4", {}),
+    ("int4", {"symmetric": False}),
+    ("int4", {"clip": "absmax"}),
+    ("int4", {"bits": 3}),
+    ("int4", {"bits": 3, "symmetric": False, "group_size": 64}),
+    ("int4", {"bits": 2, "symmetric": False, "group_size": 32}),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a directory or hub id")
+    parser.add_argument("--text", default="builtin", help="what it is scored on")
+    arguments = parser.parse_args()
+    scoring = compress.Scoring(text=(arguments.text,), tasks=())
+    print("| scheme | bits per weight | ratio | KL mean | top-1 agreement | perplexity | relative error |")
+    print("|---|--:|--:|--:|--:|--:|--:|")
+    for scheme, options in RUNS:
+        with tempfile.TemporaryDirectory() as folder:
+            report = compress.quantize(arguments.model, Path(folder) / "out", scheme, scoring=scoring, **options)
+        scores, errors = report.evaluation, [t["relative_error"] for t in report.tensors if t["scheme"]]
+        assert scores is not None
+        name = " ".join([f"`{scheme}`", *(f"{key}={value}" for key, value in options.items())])
+        print(
+            f"| {name} | {report.bits_per_weight:.3f} | {report.ratio:.2f} | {scores['kl_mean']:.5f} | "
+            f"{scores['top1_agreement']:.4f} | {scores['perplexity']:.3f} | {sum(errors) / len(errors):.4f} |"
+        )
+    print(f"| original | 16 | 1 | 0 | 1 | {scores['reference_perplexity']:.3f} | 0 |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,364 @@
+"""int4 and fp8 outputs in the hands of the real compressed-tensors package, and its own checkpoints in ours.
+
+One other process, which never imports us, loads every directory and writes some with the library itself.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import compress
+from compress.export import export
+from compress.formats.checkpoint import Checkpoint
+from compress.fp8 import Fp8
+from compress.hf import model_class
+from compress.int4 import Int4
+from compress.interchange import read, read_fp8
+from compress.kernels.experts import CompressedExperts
+from compress.kernels.linear import CompressedLinear
+from compress.recipe import Rules
+
+pytest.importorskip("compressed_tensors")
+
+CLIENT = """
+import sys, json, warnings
+warnings.simplefilter("ignore")
+import torch, transformers
+from pathlib import Path
+from compressed_tensors.compressors import ModelCompressor
+from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+from compressed_tensors.quantization.utils import calculate_qparams
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+torch.set_num_threads(1)
+
+def scores(model):
+    ids = torch.arange(3, 23)[None]
+    extra = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        return model(ids, **extra).logits
+
+def write(path, source, fields):
+    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    config = QuantizationConfig(**fields, quantization_status="compressed", ignore=["lm_head"])
+    apply_quantization_config(model, config)
+    for module in model.modules():
+        scheme = getattr(module, "quantization_scheme", None)
+        if scheme is None:
+            continue
+        args, weight = scheme.weights, module.weight.data
+        rows, columns = weight.shape
+        if args.strategy == "group":
+            parts, over = weight.view(rows, -1, args.group_size), -1
+        elif args.strategy == "block":
+            high, wide = args.block_structure
+            padded = torch.nn.functional.pad(weight, (0, -columns % wide, 0, -rows % high))
+            parts, over = padded.view(-(-rows // high), high, -(-columns // wide), wide), (1, 3)
+        else:
+            parts, over = (weight, -1) if args.strategy == "channel" else (weight.flatten(), 0)
+        scale, zero = calculate_qparams(parts.amin(over), parts.amax(over), args)
+        module.weight_scale.data.copy_(scale.view(module.weight_scale.shape))
+        if getattr(module, "weight_zero_point", None) is not None:
+            module.weight_zero_point.data.copy_(zero.view(module.weight_zero_point.shape))
+    compressor = ModelCompressor(quantization_config=config)
+    compressor.compress_model(model)
+    model.save_pretrained(path)
+    compressor.update_config(path)
+
+task = json.load(open(sys.argv[1]))
+for path, (source, fields) in task["write"].items():
+    write(path, source, fields)
+found = {}
+for path, cls, how in task["load"]:
+    if how:
+        how = {"quantization_config": transformers.CompressedTensorsConfig(**how)}
+    try:
+        model = getattr(transformers, cls).from_pretrained(path, **how)
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")  # one by one, as we do: rounded alike, so routed alike
+        found[path] = {"logits": scores(model), "state": dict(model.state_dict())}
+    except Exception as error:
+        found[path] = {"error": f"{type(error).__name__}: {error}"}
+assert "compress" not in sys.modules
+torch.save(found, task["out"])
+"""
+
+MIXED = """
+- {match: lm_head, scheme: fp8, granularity: tensor}
+- {match: 're:layers[.]0[.]self_attn[.]o_proj', scheme: none}
+- {match: q_proj, scheme: int8, group_size: 32}
+- {match: down_proj, scheme: fp8}
+- {match: up_proj, scheme: int4, bits: 6, group_size: 64}
+"""
+WIDTHS = range(2, 9)
+# what it is called -> (tiny model, scheme, options): written in the compressed-tensors layout
+LAYOUT: dict[str, tuple[str, str, dict[str, Any]]] = {
+    **{f"symmetric-{bits}": ("llama", "int4", {"bits": bits, "group_size": 64}) for bits in WIDTHS},
+    **{
+        f"asymmetric-{bits}": ("llama", "int4", {"bits": bits, "group_size": 64, "symmetric": False})
+        for bits in WIDTHS
+    },
+    **{f"mixed-groups-{bits}": ("llama", "int4", {"bits": bits, "group_size": 128}) for bits in (4, 8)},
+    **{f"ragged-{bits}": ("llama-ragged", "int4", {"bits": bits}) for bits in (3, 4, 8)},
+    **{
+        f"{name}-fp8-{granularity}": (name, "fp8", {"granularity": granularity})
+        for name in ("llama-ragged", "llama-wide")
+        for granularity in ("tensor", "channel", "block")
+    },
+    "tied-biased-int4": ("llama-tied-biased", "int4", {}),
+    "tied-biased-fp8": ("llama-tied-biased", "fp8", {}),
+    "recipe": ("llama", "int4", {"recipe": MIXED}),
+    "excluded": ("llama", "int4", {"exclude": ("re:gate_proj", "layers.0.self_attn.q_proj")}),
+    **{f"{name}-int4": (name, "int4", {}) for name in ("qwen2", "qwen3", "gemma2", "gemma3", "phi", "phi3", "t5")},
+    **{f"{name}-int4": (name, "int4", {}) for name in ("gpt-neox", "opt", "falcon", "mamba")},
+    **{f"{name}-fp8": (name, "fp8", {}) for name in ("phi3", "t5", "falcon", "mixtral", "qwen2-moe", "deepseek-v3")},
+    **{f"{name}-block": (name, "fp8", {"granularity": "block"}) for name in ("mixtral", "deepseek-v3")},
+    "mixtral-int4": ("mixtral", "int4", {"group_size": 64}),
+    "qwen3-moe-int4": ("qwen3-moe", "int4", {"group_size": 32}),
+}
+# what no other loader can read: it must fail, not run on random weights
+OWN: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "conv1d-int4": ("gpt2", "int4", {}),  # c_proj is square: its shape alone would not tell
+    "conv1d-fp8": ("gpt2", "fp8", {}),
+    "stacked-int4": ("gpt-oss", "int4", {}),
+    "stacked-fp8": ("gpt-oss", "fp8", {}),
+    "llama4-int4": ("llama4", "int4", {}),
+    "experts-mixed-groups": ("mixtral", "int4", {}),
+    "experts-asymmetric": ("mixtral", "int4", {"group_size": 64, "symmetric": False}),
+    "asymmetric-mixed-groups": ("llama", "int4", {"symmetric": False}),
+}
+
+
+def weights_of(kind: str, strategy: str, **more: Any) -> dict[str, Any]:
+    return {"num_bits": 8, "type": kind, "strategy": strategy, "symmetric": True, "dynamic": False, **more}
+
+
+def one_group(layout: str, weights: dict[str, Any]) -> dict[str, Any]:
+    return {"format": layout, "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
+
+
+# checkpoints that the library writes: name -> (tiny model, fields of its config)
+THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
+    "int4": ("llama", one_group("pack-quantized", weights_of("int", "group", num_bits=4, group_size=32))),
+    "int3": ("llama", one_group("pack-quantized", weights_of("int", "group", num_bits=3, group_size=64))),
+    "asymmetric": (
+        "llama",
+        one_group("pack-quantized", weights_of("int", "group", num_bits=4, group_size=32, symmetric=False)),
+    ),
+    "fp8-channel": ("llama-wide", one_group("float-quantized", weights_of("float", "channel"))),
+    "fp8-tensor": ("llama-tied-biased", one_group("float-quantized", weights_of("float", "tensor"))),
+    "fp8-block": (
+        "llama-wide",
+        one_group("naive-quantized", weights_of("float", "block", block_structure=[128, 128])),
+    ),
+    "two-groups": (
+        "llama",
+        {
+            "format": "pack-quantized",
+            "config_groups": {
+                "group_0": {
+                    "targets": ["re:.*(gate|up|down)_proj$"],
+                    "weights": weights_of("int", "group", num_bits=4, group_size=64),
+                },
+                "group_1": {"targets": ["re:.*self_attn.*"], "weights": weights_of("int", "group", group_size=32)},
+            },
+        },
+    ),
+}
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    ids = torch.arange(3, 23)[None]
+    extra = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        found: Tensor = model(ids, **extra).logits
+    return found
+
+
+def difference(found: Tensor, reference: Tensor) -> float:
+    return float((found.double() - reference.double()).norm() / reference.double().norm())
+
+
+def quantized(source: Path, out: Path, scheme: str, options: dict[str, Any]) -> Path:
+    options = dict(options)
+    recipe, exclude = options.pop("recipe", None), options.pop("exclude", ())
+    if recipe:
+        out.with_suffix(".yaml").write_text(recipe)
+    rules = Rules(out.with_suffix(".yaml") if recipe else None, exclude=exclude)
+    compress.quantize(source, out, scheme, rules=rules, scoring=None, **options)
+    return out
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("interchange")
+
+
+@pytest.fixture(scope="module")
+def elsewhere(base: Path, tiny_model: Callable[[str], Path]) -> dict[str, dict[str, Any]]:
+    """name -> logits and state dict, or error, of every directory in a process without us."""
+    tasks: list[tuple[str, str, dict[str, Any]]] = []
+    for name, (model, scheme, options) in {**LAYOUT, **OWN}.items():
+        out = quantized(tiny_model(model), base / name, scheme, options)
+        tasks.append((str(out), AutoConfig.from_pretrained(tiny_model(model)).architectures[0], {}))
+    for name in THEIRS:
+        # its loader cannot place its own zero points other than decoded
+        how = {"dequantize": True} if name == "asymmetric" else {}
+        tasks.append((str(base / f"their-{name}"), "LlamaForCausalLM", how))
+    write = {str(base / f"their-{name}"): (str(tiny_model(model)), how) for name, (model, how) in THEIRS.items()}
+    (base / "task.json").write_text(json.dumps({"load": tasks, "write": write, "out": str(base / "found.pt")}))
+    (base / "client.py").write_text(CLIENT)
+    command = [sys.executable, str(base / "client.py"), str(base / "task.json")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=base, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = torch.load(base / "found.pt", weights_only=True)
+    return {Path(path).name: result for path, result in found.items()}
+
+
+def compressed_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Path of a parameter -> its value as we run it."""
+    found: dict[str, Tensor] = {}
+    within = "no module yet"
+    for path, module in model.named_modules():
+        if isinstance(module, CompressedExperts):
+            found[path], within = module.dense(), f"{path}."
+        if isinstance(module, CompressedLinear) and not path.startswith(within):
+            found[f"{path}.weight"] = module.weight
+    return found
+
+
+@pytest.mark.parametrize("name", LAYOUT)
+def test_transformers_loads_it_without_us(name: str, base: Path, elsewhere: dict[str, dict[str, Any]]) -> None:
+    config = json.loads((base / name / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "compressed-tensors"
+    theirs = elsewhere[name]
+    assert "error" not in theirs, theirs["error"]
+    ours = compress.load(base / name)
+    found = compressed_weights(ours)
+    assert found
+    for path, weight in found.items():
+        assert torch.equal(weight, theirs["state"][path]), path
+    # The weights are the same; a kernel may sum in another order, which bf16 rounds.
+    assert difference(logits(ours), theirs["logits"]) < 0.01
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_layout_of_our_own_does_not_load_without_us(
+    name: str, base: Path, elsewhere: dict[str, dict[str, Any]]
+) -> None:
+    config = json.loads((base / name / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "compress"
+    assert "error" in elsewhere[name]
+    assert logits(compress.load(base / name)).isfinite().all()
+    assert "stops with an error" in (base / name / "README.md").read_text()
+
+
+def test_the_card_says_when_the_package_must_decode_while_loading(
+    base: Path, elsewhere: dict[str, dict[str, Any]]
+) -> None:
+    for name in ("asymmetric-4", "mixtral-int4"):
+        assert "decoded to dense weights while loading" in (base / name / "README.md").read_text()
+    assert "decoded at the first forward" in (base / "symmetric-4" / "README.md").read_text()
+
+
+def test_a_recipe_writes_one_config_group_for_each_scheme(base: Path, elsewhere: dict[str, dict[str, Any]]) -> None:
+    config = json.loads((base / "recipe" / "config.json").read_text())["quantization_config"]
+    groups = config["config_groups"].values()
+    kinds = {(g["format"], g["weights"]["num_bits"], g["weights"].get("group_size")) for g in groups}
+    assert kinds == {
+        ("float-quantized", 8, None),
+        ("pack-quantized", 8, 32),
+        ("pack-quantized", 6, 64),
+        ("pack-quantized", 4, 64),
+    }
+    assert config["format"] == "mixed-precision"
+    assert config["ignore"] == ["model.layers.0.self_attn.o_proj"]
+    targets = [target for group in groups for target in group["targets"]]
+    assert len(targets) == len(set(targets)) == 14 and "lm_head" in targets
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_their_checkpoint_runs_on_our_kernels(
+    name: str, base: Path, elsewhere: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    path, theirs = base / f"their-{name}", elsewhere[f"their-{name}"]
+    assert "error" not in theirs, theirs["error"]
+    ours = compress.load(path)
+    found = compressed_weights(ours)
+    assert len(found) == 14
+    for parameter, weight in found.items():
+        assert torch.equal(weight, theirs["state"][parameter]), parameter
+    assert difference(logits(ours), theirs["logits"]) < 0.01
+    export(path, tmp_path / "plain")
+    exported = model_class(ours.config).from_pretrained(tmp_path / "plain")
+    for parameter, weight in found.items():
+        assert torch.equal(exported.get_parameter(parameter), weight)
+
+
+def test_their_checkpoint_is_compressed_again(
+    base: Path, elsewhere: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    out = quantized(base / "their-int4", tmp_path / "out", "int8", {"group_size": 32})
+    before, after = compress.load(base / "their-int4"), compress.load(out)
+    assert difference(logits(after), logits(before)) < 0.05
+    ledger = json.loads((out / "compress.json").read_text())["ledger"]
+    entry = ledger["model.layers.0.mlp.up_proj.weight"]
+    stored = {f"model.layers.0.mlp.up_proj.{part}" for part in ("weight_packed", "weight_scale", "weight_shape")}
+    assert entry["action"] == "coded" and set(entry["read"]) == stored
+    assert not any("weight_shape" in name for name in ledger)
+
+
+def test_importing_us_leaves_their_checkpoints_to_their_package(
+    base: Path, elsewhere: dict[str, dict[str, Any]]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base / "their-int4")
+    assert not any(isinstance(module, CompressedLinear) for module in model.modules())
+    assert torch.equal(logits(model), elsewhere["their-int4"]["logits"])
+
+
+def test_our_layout_is_read_back_as_it_was_planned(base: Path, elsewhere: dict[str, dict[str, Any]]) -> None:
+    stored = list(Checkpoint(base / "recipe").entries)
+    config = json.loads((base / "recipe" / "config.json").read_text())["quantization_config"]
+    schemes = read(config, stored)
+    assert schemes["lm_head"] == Fp8("tensor")
+    assert schemes["model.layers.1.self_attn.q_proj"] == Int4(bits=8, group_size=32)
+    assert schemes["model.layers.0.self_attn.k_proj"] == Int4(group_size=64)
+    assert "model.layers.0.self_attn.o_proj" not in schemes
+
+
+@pytest.mark.parametrize(
+    "group, message",
+    [
+        ({"input_activations": {"num_bits": 8}, "weights": weights_of("float", "channel")}, "quantized activations"),
+        ({"weights": weights_of("int", "channel")}, "8-bit int weights per channel are not supported"),
+        ({"weights": weights_of("float", "group", num_bits=4)}, "4-bit float weights per group are not supported"),
+        ({"format": "int-quantized", "weights": weights_of("int", "group")}, "8-bit int weights per group"),
+    ],
+)
+def test_what_is_not_weight_only_int_or_fp8_is_refused_by_name(group: dict[str, Any], message: str) -> None:
+    config = {"config_groups": {"group_0": {"targets": ["Linear"], **group}}}
+    with pytest.raises(ValueError, match=message):
+        read(config, ["a.weight", "a.weight_scale"])
+
+
+def test_groups_in_activation_order_and_untargeted_modules_are_refused() -> None:
+    config = one_group("pack-quantized", weights_of("int", "group", group_size=32))
+    with pytest.raises(ValueError, match="activation order"):
+        read(config, ["a.weight_packed", "a.weight_scale", "a.weight_g_idx"])
+    config["config_groups"]["group_0"]["targets"] = ["re:.*mlp.*"]
+    with pytest.raises(ValueError, match="no config group targets a"):
+        read(config, ["a.weight_packed", "a.weight_scale"])
+
+
+def test_block_sizes_other_than_128_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"weight_block_size \[64, 64\] is not supported"):
+        read_fp8({"weight_block_size": [64, 64]}, ["a.weight", "a.weight_scale_inv"])
