@@ -1,6 +1,6 @@
 """Size and cost of every scheme on one model, as the table in the README.
 
-    python benchmarks/schemes.py MODEL --text FILE
+python benchmarks/schemes.py MODEL --text FILE
 """
 
 from __future__ import annotations

@@ -58,7 +58,10 @@ def make_checkpoint(path: Path, size_bytes: int) -> int:
     for i, names in enumerate(shapes):
         names[f"model.layers.{i}.input_layernorm.weight"] = (HIDDEN,)
         names[f"model.layers.{i}.post_attention_layernorm.weight"] = (HIDDEN,)
-    outer: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN), "lm_head.weight": (VOCAB, HIDDEN)}
+    outer: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (VOCAB, HIDDEN),
+        "lm_head.weight": (VOCAB, HIDDEN),
+    }
     shapes.append({**outer, "model.norm.weight": (HIDDEN,)})
     generator, files, total = torch.Generator().manual_seed(0), {}, 0
     for i, names in enumerate(shapes, 1):

@@ -52,16 +52,17 @@ def search(tile, lows, highs, qmax, symmetric, scales, least, work):  # type: ig
             for k in range(LANES):
                 explained = (wv[k] * unit[k]) * (wv[k] * unit[k]) / vv[k]
                 better = explained > most[k]
-                most[k] = explained if better else most[k]
-                scales[k] = wv[k] / vv[k] if better else scales[k]
-                least[k] = bottoms[k] if better else least[k]
+                _choose(better, k, most, explained)
+                _choose(better, k, scales, wv[k] / vv[k])
+                _choose(better, k, least, bottoms[k])
         steps += rung
         rung *= 1.1
 
 
 @jit
 def _propose(steps, up, qmax, symmetric, unit, middle, inverses, bottoms):  # type: ignore[no-untyped-def]
-    """Symmetric: the absmax at `steps` steps. Asymmetric: the range, cut alike at both ends, its zero rounded down or up."""
+    """Symmetric: the absmax at `steps` steps; n - 0.4 to n + 0.4 recover a grid of n steps on which the weights lie.
+    Asymmetric: the range at `steps` steps, cut alike at both ends, its zero rounded down or up."""
     for k in range(LANES):
         inverses[k] = unit[k] * steps
         centre = np.floor(middle[k] * steps - np.float32(0.5 * qmax)) + np.float32(up)
@@ -100,9 +101,16 @@ def keep_better(tile, qmax, dropped, scales, least, found, found_least, work):  
         _stored_error(tile, qmax, dropped, near, found_least, inverses, error)
         for k in range(LANES):
             better = error[k] * margin < best[k]
-            best[k] = error[k] if better else best[k]
-            scales[k] = near[k] if better else scales[k]
-            least[k] = found_least[k] if better else least[k]
+            _choose(better, k, best, error[k])
+            _choose(better, k, scales, near[k])
+            _choose(better, k, least, found_least[k])
+
+
+@jit
+def _choose(better, k, kept, offered):  # type: ignore[no-untyped-def]
+    """kept[k] = offered if better. Both are read first, so that this vectorizes: a branch would be guessed wrong."""
+    old = kept[k]
+    kept[k] = offered if better else old
 
 
 @jit

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from compress.formats import float8
+from compress.kernels import decode
 from compress.scheme import Scheme, Spec, Tensors
 
 BLOCK = 128
@@ -37,8 +38,7 @@ class Fp8(Scheme):
 
     def encode(self, weight: Tensor) -> Tensors:
         rows, width = weight.shape
-        blocks = {"tensor": (max(1, rows), max(1, width)), "channel": (1, max(1, width)), "block": (BLOCK, BLOCK)}
-        block = blocks[self.granularity]
+        block = self._block((rows, width))
         scales = (float8.absmax(weight, *block) / float8.E4M3_MAX).to(weight.dtype)
         scales[scales == 0] = 1  # an all-zero block, or one so small that its scale underflows
         return {
@@ -48,16 +48,8 @@ class Fp8(Scheme):
 
     def decode(self, tensors: Tensors) -> Tensor:
         weight, scales = tensors["weight"], tensors["weight_scale"]
-        decoded = scales.new_empty(weight.shape)
-        for row in range(0, weight.shape[0], BLOCK):
-            chunk = slice(row, row + BLOCK)
-            scale = scales
-            if self.granularity == "channel":
-                scale = scales[chunk]
-            if self.granularity == "block":
-                scale = scales[row // BLOCK].repeat_interleave(BLOCK)[: weight.shape[1]]
-            decoded[chunk] = (weight[chunk].float() * scale.float()).to(decoded.dtype)
-        return decoded
+        block = self._block((weight.shape[0], weight.shape[1]))
+        return decode.e4m3(weight, scales.view(-(-weight.shape[0] // block[0]), -1), block)
 
     @property
     def interchange(self) -> dict[str, Any]:
@@ -71,6 +63,11 @@ class Fp8(Scheme):
         if self.granularity == "block":
             return {"format": "naive-quantized", "weights": {**weights, "block_structure": [BLOCK, BLOCK]}}
         return {"format": "float-quantized", "weights": weights}
+
+    def _block(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns that share a scale."""
+        rows, width = max(1, shape[0]), max(1, shape[1])
+        return {"tensor": (rows, width), "channel": (1, width), "block": (BLOCK, BLOCK)}[self.granularity]
 
     def _scale_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
         blocks = (math.ceil(shape[0] / BLOCK), math.ceil(shape[1] / BLOCK))

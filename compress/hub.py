@@ -26,5 +26,5 @@ def local_directory(model: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(model), ignore_patterns=OTHER_WEIGHTS))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0][:160]
+        reason = re.split(r"(?<=[.:])\s", str(error).strip())[0]  # the first sentence
         raise ValueError(f"{model} is no directory here, and the hub does not give it: {reason}") from None

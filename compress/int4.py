@@ -15,9 +15,8 @@ from torch import Tensor
 
 from compress import rtn
 from compress.formats import bitpack
+from compress.kernels import decode
 from compress.scheme import Scheme, Spec, Tensors
-
-DECODE_VALUES = 1 << 18  # values decoded at once: what a core's cache holds, whatever the weight's size
 
 
 @dataclass(frozen=True)
@@ -85,14 +84,7 @@ class Int4(Scheme):
         zeros = None
         if not self.symmetric:
             zeros = bitpack.unpack(tensors["weight_zero_point"].T.contiguous(), self.bits, rows).T
-        weight = scales.new_empty(rows, groups * self.group_size)
-        step = max(1, DECODE_VALUES // max(1, weight.shape[1]))
-        for row in range(0, rows, step):
-            chunk = slice(row, row + step)
-            q = bitpack.unpack(packed[chunk], self.bits, weight.shape[1]).view(-1, groups, self.group_size).float()
-            q -= 1 << (self.bits - 1) if zeros is None else zeros[chunk, :, None]
-            weight[chunk] = (q * scales[chunk, :, None].float()).flatten(1).to(weight.dtype)
-        return weight
+        return decode.groups(packed, scales, zeros, self.bits, self.group_size)
 
     @property
     def interchange(self) -> dict[str, Any]:

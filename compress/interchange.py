@@ -14,10 +14,10 @@ from compress.scheme import Scheme
 VERSION = "0.20.0"
 
 
-def write(schemes: Mapping[str, Scheme], ignore: Iterable[str], experts: bool) -> dict[str, Any]:
+def write(schemes: Mapping[str, Scheme], ignore: Iterable[str], dense: bool) -> dict[str, Any]:
     """The `quantization_config` of modules that all have a compressed-tensors form.
 
-    ignore: linear modules that stay as they are. experts: some modules are experts of a 3-D parameter.
+    ignore: linear modules that stay as they are. dense: see `Plan`.
     """
     distinct = list(dict.fromkeys(schemes.values()))
     groups = {}
@@ -45,23 +45,29 @@ def write(schemes: Mapping[str, Scheme], ignore: Iterable[str], experts: bool) -
         # Ours: `import compress.hf` runs such a checkpoint on our kernels. Others ignore the key.
         "compress": {"version": 1},
     }
-    if needs_dequantize(distinct, experts):
+    if needs_dequantize(distinct, dense):
         # transformers reads these two only when it decodes while loading; others ignore the key.
         config["dequantize"] = True
     return config
 
 
-def needs_dequantize(distinct: Iterable[Scheme], experts: bool) -> bool:
+def packs(scheme: Scheme) -> bool:
+    """Whether a module of this scheme has no tensor `weight` in the compressed-tensors layout."""
+    form = scheme.interchange
+    return form is not None and form["format"].endswith("pack-quantized")
+
+
+def needs_dequantize(distinct: Iterable[Scheme], dense: bool) -> bool:
     """transformers 5 cannot place packed experts or packed zero points in its modules, only decode them."""
-    return experts or any(isinstance(scheme, Int4) and not scheme.symmetric for scheme in distinct)
+    return dense or any(isinstance(scheme, Int4) and not scheme.symmetric for scheme in distinct)
 
 
-def loader_note(distinct: Iterable[Scheme], experts: bool) -> str:
+def loader_note(distinct: Iterable[Scheme], dense: bool) -> str:
     """How transformers loads it without us, for the model card."""
     schemes = list(distinct)
     odd = any(isinstance(scheme, Int4) and scheme.bits not in (4, 8) for scheme in schemes)
     package = "compressed-tensors >= 0.20, which packs this width as it is stored" if odd else "compressed-tensors"
-    when = "decoded to dense weights while loading" if needs_dequantize(schemes, experts) else "decoded when first run"
+    when = "decoded to dense weights while loading" if needs_dequantize(schemes, dense) else "decoded when first run"
     return f"with {package}; {when}"
 
 

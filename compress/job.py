@@ -34,8 +34,11 @@ class Job:
             raise ValueError(f"{self.partial} is in the way and not ours; move it or choose another output")
         if not self.partial.exists():
             check_replace(self.out, self.overwrite)
-        self.journal.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.journal / "lock").open("w")
+        try:
+            self.journal.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.journal / "lock").open("w")
+        except OSError as error:
+            raise OSError(f"output {self.out} cannot be written: {error.strerror}; choose another place") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -52,7 +52,7 @@ class Plan:
     paths: dict[str, str] = field(default_factory=dict)  # module -> its name in the model
     ignore: tuple[str, ...] = ()  # the model's linear modules that stay as they are
     interchange: bool = False  # compressed-tensors layout; otherwise our own
-    experts: bool = False  # some modules are slices of a 3-D parameter
+    dense: bool = False  # transformers has no place for the packed tensors of some modules
     notes: dict[str, str] = field(default_factory=dict)
     rule_counts: tuple[tuple[str, int], ...] = ()
 
@@ -68,7 +68,7 @@ class Plan:
         schemes = {module: packed.scheme for module, packed in self.modules.items()}
         if self.interchange:
             named = {self.paths.get(module, module): scheme for module, scheme in schemes.items()}
-            return interchange.write(named, self.ignore, self.experts)
+            return interchange.write(named, self.ignore, self.dense)
         distinct = list(dict.fromkeys(schemes.values()))
         return {
             "quant_method": "compress",
@@ -109,15 +109,31 @@ def _from_own(config: Mapping[str, Any]) -> dict[str, Packed]:
     return modules
 
 
-def local_tensors(stored: Mapping[str, Spec], modules: Iterable[str]) -> dict[str, dict[str, str]]:
-    """module -> {local name: name in the file}, leaving out biases and the empty `weight` of our own layout."""
+def local_tensors(stored: Mapping[str, Spec], modules: Mapping[str, Packed]) -> dict[str, dict[str, str]]:
+    """module -> {local name: name in the file}, leaving out biases and the empty `weight` of our own layout.
+
+    Raises ValueError for a module of which a tensor is missing.
+    """
     found: dict[str, dict[str, str]] = {module: {} for module in modules}
     for name, spec in stored.items():
         module, _, local = name.rpartition(".")
         if module not in found or local == "bias" or (local == "weight" and 0 in spec.shape):
             continue
         found[module][ALIASES.get(local, local)] = name
+    for module, names in found.items():
+        _check_whole(module, modules[module].scheme, {local: stored[name] for local, name in names.items()})
     return found
+
+
+def _check_whole(module: str, scheme: Scheme, specs: Mapping[str, Spec]) -> None:
+    try:
+        original = scheme.original(specs)
+        rows, columns = original.shape
+        missing = sorted(scheme.specs((rows, columns), original.dtype).keys() - specs.keys())
+    except KeyError as error:
+        missing = [error.args[0]]
+    if missing:
+        raise ValueError(f"{module}: no {missing[0]} is stored, so the checkpoint is incomplete; download it again")
 
 
 def resolve(structure: Structure, specs: Mapping[str, Spec], rules: Sequence[Rule], scheme: Scheme) -> Plan:
@@ -147,13 +163,14 @@ def resolve(structure: Structure, specs: Mapping[str, Spec], rules: Sequence[Rul
     _check_rules(rules, counts, linears)
     _check_experts(linears, modules)
     taken = {linears[module].path for module in modules}
+    dense = _needs_dense(structure, modules)
     return Plan(
         modules=modules,
         left=tuple(left),
         paths={module: linears[module].path for module in modules if linears[module].native},
         ignore=tuple(path for path in structure.native_paths() if path not in taken),
-        interchange=_can_interchange(linears, modules),
-        experts=any(linears[module].expert is not None for module in modules),
+        interchange=_can_interchange(linears, modules, dense),
+        dense=dense,
         notes=notes,
         rule_counts=tuple((rule.origin, counts[i]) for i, rule in enumerate(rules)),
     )
@@ -191,13 +208,21 @@ def _check_experts(linears: Mapping[str, Linear], modules: Mapping[str, Packed])
             raise ValueError(f"{path}: a rule takes some of its experts only; take all of them or none")
 
 
-def _can_interchange(linears: Mapping[str, Linear], modules: Mapping[str, Packed]) -> bool:
+def _needs_dense(structure: Structure, modules: Mapping[str, Packed]) -> bool:
+    linears = {name: structure.linears[name] for name in modules}
+    if any(linear.expert is not None for linear in linears.values()):
+        return True
+    packed = [name for name, linear in linears.items() if linear.native and interchange.packs(modules[name].scheme)]
+    return bool(packed) and not structure.initializes_packed(linears[name].path for name in packed)
+
+
+def _can_interchange(linears: Mapping[str, Linear], modules: Mapping[str, Packed], dense: bool) -> bool:
     schemes = {packed.scheme for packed in modules.values()}
     experts = any(linears[module].expert is not None for module in modules)
     if experts and not all(getattr(scheme, "symmetric", True) for scheme in schemes):
         return False  # transformers cannot decode the zero points of experts
     # Where transformers must decode while loading, it takes one scheme for the whole checkpoint.
-    if interchange.needs_dequantize(schemes, experts) and len(schemes) > 1:
+    if interchange.needs_dequantize(schemes, dense) and len(schemes) > 1:
         return False
     # A slice of a 3-D tensor and GPT-2's Conv1D have no name that compressed-tensors knows.
     known = all(linears[m].native or (p.index is None and linears[m].expert is not None) for m, p in modules.items())

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from compress.planning import Rule
-from compress.registry import did_you_mean, make
+from compress.registry import make
 from compress.scheme import Scheme
 
 
@@ -54,9 +54,13 @@ def read_recipe(path: Path) -> list[Rule]:
 
 
 def _rule(item: Any, where: str) -> Rule:
-    if not isinstance(item, dict) or not isinstance(item.get("match"), str) or "scheme" not in item:
-        missing = did_you_mean("match", item) if isinstance(item, dict) else ""
-        raise ValueError(f"{where}: needs `match` and `scheme`{missing}")
+    if not isinstance(item, dict):
+        raise ValueError(f"{where}: is {item!r}; write for example `- {{match: down_proj, scheme: int8}}`")
+    for key in ("match", "scheme"):
+        if key not in item:
+            raise ValueError(f"{where}: needs `{key}`; it has {', '.join(map(str, item)) or 'no key'}")
+    if not isinstance(item["match"], str):
+        raise ValueError(f"{where}: match is {item['match']!r}; give a module's name, or `re:` and an expression")
     name = item["scheme"]
     options = {key: value for key, value in item.items() if key not in ("match", "scheme")}
     try:

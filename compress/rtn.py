@@ -44,7 +44,7 @@ def quantize(weight: Tensor, bits: int, group_size: int, symmetric: bool, clip: 
     scales = np.empty((rows, columns // group_size), np.float32)
     zeros = np.empty(scales.shape, np.uint8)
     options = (shift, bits, group_size, symmetric, clip == "mse", _DROPPED_BITS[weight.dtype])
-    in_threads(_encode_rows, rows, weight.numel(), source.ravel(), packed, scales.ravel(), zeros.ravel(), *options)
+    in_threads(_encode_rows, rows, weight.numel(), source.ravel(), packed, scales.ravel(), zeros.ravel(), options)
     return Grid(
         torch.from_numpy(packed.view(np.int32)),
         torch.from_numpy(scales).to(weight.dtype),
@@ -64,44 +64,56 @@ def _check(weight: Tensor, bits: int, group_size: int, clip: str) -> None:
 
 
 @jit
-def _encode_rows(first_row, stop_row, source, packed, scales, zeros, shift, bits, group_size, symmetric, searched, dropped):  # type: ignore[no-untyped-def]
-    """Rows start to stop. source: flat weight bits. packed: (rows, bytes). scales, zeros: (rows, groups)."""
+def _encode_rows(first_row, stop_row, source, packed, scales, zeros, options):  # type: ignore[no-untyped-def]
+    """source: the weight's bits, flat. packed: (rows, bytes). scales, zeros: flat. options: `quantize` lists them."""
+    shift, bits, group_size = options[:3]
     groups = scales.shape[0] // max(1, packed.shape[0])
     columns = groups * group_size
-    qmax = 2**bits - 1
-    # Enough rows at a time for whole tiles of groups, in order and across rows.
-    step = 1
-    while step * groups % LANES and step < LANES:
-        step *= 2
-    # Bytes are made from a whole row, because a loop over a short group would not vectorize for them.
-    rounded = np.zeros(step * columns, np.float32)
-    octets = np.zeros(-(-columns // 8) * 8, np.uint8)
-    tile = np.zeros((-(-group_size // UNROLLED) * UNROLLED if searched else 0, LANES), np.float32)
-    lows, highs, steps, least, found, found_least = _lane_arrays()[:6]
+    tile = np.zeros((-(-group_size // UNROLLED) * UNROLLED, LANES), np.float32)
+    lanes = _lane_arrays()
     work = _lane_arrays()
-    for row in range(first_row, stop_row, step):
-        rows = min(step, stop_row - row)
+    steps, least = lanes[:2]
+    # So many rows at a time that they make whole tiles of groups.
+    height = max(1, LANES // max(1, groups & -groups))
+    codes = np.zeros((height, -(-columns // 8) * 8), np.uint8)
+    for row in range(first_row, stop_row, height):
+        rows = min(height, stop_row - row)
+        line = 0
+        column = 0
         for first in range(row * groups, (row + rows) * groups, LANES):
             count = min(LANES, (row + rows) * groups - first)
-            for k in range(count):
-                lows[k], highs[k] = _range(source[(first + k) * group_size : (first + k + 1) * group_size], shift)
-                steps[k], least[k] = _spanning(lows[k], highs[k], qmax, symmetric, dropped)
-            if searched:
-                load_tile(source, first, count, group_size, shift, tile.view(np.uint32))
-                found[:] = steps
-                found_least[:] = least
-                search(tile, lows, highs, qmax, symmetric, found, found_least, work)
-                keep_better(tile, qmax, dropped, steps, least, found, found_least, work)
+            _fit_tile(source, first, count, options, tile, lanes, work)
             for k in range(count):
                 scales[first + k] = steps[k]
                 zeros[first + k] = np.uint8(-least[k])
-                start = (first + k) * group_size
-                integers = rounded[start - row * columns : start - row * columns + group_size]
-                _quantize(source[start : start + group_size], shift, steps[k], least[k], np.float32(qmax), integers)
+                group = source[(first + k) * group_size : (first + k + 1) * group_size]
+                integers = codes[line, column : column + group_size]
+                _quantize(group, shift, steps[k], least[k], np.float32(2**bits - 1), integers)
+                column += group_size
+                if column == columns:
+                    column = 0
+                    line += 1
         for r in range(rows):
-            for i in range(columns):
-                octets[i] = np.uint8(np.int32(rounded[r * columns + i]))
-            _pack_row(octets.view(np.uint64), bits, packed[row + r])
+            _pack_row(codes[r].view(np.uint64), bits, packed[row + r])
+
+
+@jit
+def _fit_tile(source, first, count, options, tile, lanes, work):  # type: ignore[no-untyped-def]
+    """The grids of `count` groups from `first` on, into two lane arrays: scales, and least integers (-zero)."""
+    shift, bits, group_size, symmetric, searched, dropped = options
+    steps, least, lows, highs, found, found_least = lanes[:6]
+    qmax = 2**bits - 1
+    for k in range(count):
+        start = (first + k) * group_size
+        lows[k], highs[k] = _range(source[start : start + group_size], shift)
+        steps[k], least[k] = _spanning(lows[k], highs[k], qmax, symmetric, dropped)
+    if not searched:
+        return
+    load_tile(source, first, count, group_size, shift, tile.view(np.uint32))
+    found[:] = steps
+    found_least[:] = least
+    search(tile, lows, highs, qmax, symmetric, found, found_least, work)
+    keep_better(tile, qmax, dropped, steps, least, found, found_least, work)
 
 
 @jit
@@ -139,11 +151,11 @@ def _spanning(low, high, qmax, symmetric, dropped):  # type: ignore[no-untyped-d
 
 
 @jit
-def _quantize(source, shift, scale, least, qmax, integers):  # type: ignore[no-untyped-def]
+def _quantize(source, shift, scale, least, qmax, codes):  # type: ignore[no-untyped-def]
     inverse = np.float32(1) / scale
     for i in range(source.shape[0]):
         w = np.uint32(np.uint32(source[i]) << shift).view(np.float32)
-        integers[i] = min(max(np.rint(w * inverse), least), least + qmax) - least
+        codes[i] = np.uint8(np.int32(min(max(np.rint(w * inverse), least), least + qmax) - least))
 
 
 @jit

@@ -168,7 +168,7 @@ def _seal(
     )
     write_text(job.checkpoint / manifest.REPORT, manifest.seal(report.to_dict()))
     plan = prepared.plan
-    loader = loader_note(_schemes(prepared), plan.experts) if plan.interchange else None
+    loader = loader_note(_schemes(prepared), plan.dense) if plan.interchange else None
     write_text(job.checkpoint / "README.md", card(report, options.command, loader))
     document = {
         "format": 1,

@@ -26,15 +26,16 @@ class Source:
         self.checkpoint = Checkpoint(path)
         self.stored = {name: Spec(entry.dtype, entry.shape) for name, entry in self.checkpoint.entries.items()}
         self.packed: dict[str, planning.Packed] = {}
+        self.locals: dict[str, dict[str, str]] = {}
         quantization = self.config.get("quantization_config")
         if quantization:
             try:
                 self.packed = planning.from_config(quantization, self.stored)
+                self.locals = planning.local_tensors(self.stored, self.packed)
             except (KeyError, TypeError, IndexError) as error:
                 raise ValueError(f"{path}/config.json: quantization_config is not whole ({error!r})") from None
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
-        self.locals = planning.local_tensors(self.stored, self.packed)
         self.backing: dict[str, list[str]] = {}  # name -> the stored tensors it is made of
         self.specs = self._specs()
         self._check_float8()
@@ -75,8 +76,6 @@ class Source:
         sources = {packed.source for packed in self.packed.values()}
         self._modules: dict[str, list[str]] = {}
         for module, packed in self.packed.items():
-            if not self.locals[module]:
-                raise ValueError(f"{self.path}: config.json names {module}, of which no tensor is stored")
             self._modules.setdefault(packed.source, []).append(module)
         specs: dict[str, Spec] = {}
         for name, spec in self.stored.items():

@@ -89,6 +89,26 @@ class Structure:
         """Every `nn.Linear` of the model, stored or tied: what another loader would look at."""
         return [path for path, module in self.model.named_modules() if isinstance(module, nn.Linear)]
 
+    def initializes_packed(self, paths: Iterable[str]) -> bool:
+        """Whether the model's own initialisation copes with linears that have no `weight`.
+
+        transformers runs it while loading, after compressed-tensors has put packed tensors in its place; T5's and
+        Falcon's, for example, reads the weight.
+        """
+        linears = [self.model.get_submodule(path) for path in paths]
+        weights = [linear._parameters.pop("weight") for linear in linears]
+        try:
+            for owner in self.model.modules():
+                if isinstance(owner, PreTrainedModel):
+                    for module in owner.modules():
+                        owner._init_weights(module)
+        except AttributeError:
+            return False
+        finally:
+            for linear, weight in zip(linears, weights, strict=True):
+                linear._parameters["weight"] = weight
+        return True
+
     def tied(self) -> dict[str, str]:
         """Parameter -> the parameter whose memory it shares."""
         keys = getattr(self.model, "all_tied_weights_keys", None) or {}

@@ -39,7 +39,10 @@ class ExpertWeight:
             y = torch.cat([part(args[0]) for part in args[1].parts], dim=-1)
             bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
             return y if bias is None else y + bias
-        return function(*map(_dense, args), **{key: _dense(value) for key, value in (kwargs or {}).items()})
+        # In the dtype of the activations, as the other linears run: a model may be loaded in another than it is stored.
+        dtype = next((a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()), None)
+        args = [value.dense().to(dtype) if isinstance(value, ExpertWeight) else value for value in args]
+        return function(*args, **{key: _dense(value) for key, value in (kwargs or {}).items()})
 
 
 class CompressedExperts(nn.Module):

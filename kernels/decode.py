@@ -1,0 +1,132 @@
+"""Decoding packed weights: on the CPU compiled loops, one pass from packed bits to the weight's dtype, on all cores.
+
+Other devices run plain torch, which gives the same bits; tests compare the two.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.formats.bitpack import unpack
+from compress.formats.compiled import in_threads, jit
+
+_TABLE = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
+
+
+def groups(packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int) -> Tensor:
+    """(q - zero) * scale in float32, rounded to the scales' dtype. Returns (rows, groups * group_size).
+
+    packed: (rows, words) int32, as formats.bitpack lays it out. scales: (rows, groups) bf16, fp16 or fp32. zeros:
+    (rows, groups) uint8, or None for 2**(bits - 1).
+    """
+    if packed.device.type != "cpu":
+        return groups_torch(packed, scales, zeros, bits, group_size)
+    rows, count = scales.shape
+    offsets = torch.full((rows, count), 1 << (bits - 1), dtype=torch.uint8) if zeros is None else zeros.contiguous()
+    source = packed.contiguous().numpy().view(np.uint8)
+    arguments = (source, scales.float().numpy(), offsets.numpy(), bits, group_size)
+    return _run(_group_rows, rows, count * group_size, scales.dtype, arguments)
+
+
+def groups_torch(packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int) -> Tensor:
+    """`groups` in plain torch, on any device."""
+    rows, count = scales.shape
+    q = unpack(packed, bits, count * group_size).view(rows, count, group_size).float()
+    q -= 1 << (bits - 1) if zeros is None else zeros[:, :, None]
+    return (q * scales[:, :, None].float()).flatten(1).to(scales.dtype)
+
+
+def e4m3(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
+    """weight * scale in float32, rounded to the scales' dtype.
+
+    weight: (rows, columns) float8_e4m3fn. scales: (m, n), each for a block of rows x columns, the last of a row or
+    column of blocks smaller.
+    """
+    if weight.device.type != "cpu":
+        return e4m3_torch(weight, scales, block)
+    rows, columns = weight.shape
+    arguments = (weight.contiguous().view(torch.uint8).numpy(), scales.float().numpy(), *block, _TABLE)
+    return _run(_e4m3_rows, rows, columns, scales.dtype, arguments)
+
+
+def e4m3_torch(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
+    """`e4m3` in plain torch, on any device."""
+    rows, columns = weight.shape
+    spread = scales.float()
+    if block[0] > 1 and scales.shape[0] > 1:
+        spread = spread.repeat_interleave(block[0], 0)[:rows]
+    if scales.shape[1] > 1:
+        spread = spread.repeat_interleave(block[1], 1)[:, :columns]
+    return (weight.float() * spread).to(scales.dtype)
+
+
+def _run(loop: Any, rows: int, columns: int, dtype: torch.dtype, arguments: tuple[Any, ...]) -> Tensor:
+    """loop(start, stop, bits of the result, how many of them a float32 has more, *arguments) over all rows."""
+    if dtype == torch.bfloat16:
+        halves = torch.empty(rows, columns, dtype=torch.int16)
+        in_threads(loop, rows, rows * columns, halves.numpy().view(np.uint16), 16, *arguments)
+        return halves.view(torch.bfloat16)
+    floats = torch.empty(rows, columns, dtype=torch.float32)
+    in_threads(loop, rows, rows * columns, floats.numpy().view(np.uint32), 0, *arguments)
+    return floats.to(dtype)
+
+
+@jit
+def _store(values, out, dropped):  # type: ignore[no-untyped-def]
+    """Puts float32 values into bits of float32 (dropped 0) or of bf16 (dropped 16, rounded half to even)."""
+    bits = values.view(np.uint32)
+    half = np.uint32(0x7FFF if dropped else 0)
+    odd = np.uint32(1 if dropped else 0)
+    for i in range(out.shape[0]):
+        out[i] = (bits[i] + half + ((bits[i] >> np.uint32(16)) & odd)) >> np.uint32(dropped)
+
+
+@jit
+def _group_rows(start, stop, out, dropped, packed, scales, zeros, bits, group_size):  # type: ignore[no-untyped-def]
+    columns = out.shape[1]
+    codes = np.zeros(-(-columns // 32) * 32, np.uint8)
+    values = np.empty(columns, np.float32)
+    for row in range(start, stop):
+        _unpack_row(packed[row], bits, codes)
+        for group in range(scales.shape[1]):
+            scale, zero = scales[row, group], np.float32(zeros[row, group])
+            for i in range(group * group_size, (group + 1) * group_size):
+                values[i] = (np.float32(codes[i]) - zero) * scale
+        _store(values, out[row], dropped)
+
+
+@jit
+def _unpack_row(packed, bits, codes):  # type: ignore[no-untyped-def]
+    """packed: bytes of one row. codes: room for whole octets of values; eight of them fill `bits` bytes."""
+    if bits == 8:
+        codes[: packed.shape[0]] = packed
+        return
+    if bits == 4:
+        for i in range(packed.shape[0]):
+            codes[2 * i] = packed[i] & np.uint8(15)
+            codes[2 * i + 1] = packed[i] >> np.uint8(4)
+        return
+    mask = np.uint64((1 << bits) - 1)
+    for octet in range(-(-packed.shape[0] // bits)):
+        lane = np.uint64(0)
+        for i in range(min(bits, packed.shape[0] - octet * bits)):
+            lane |= np.uint64(packed[octet * bits + i]) << np.uint64(8 * i)
+        for i in range(8):
+            codes[8 * octet + i] = np.uint8((lane >> np.uint64(bits * i)) & mask)
+
+
+@jit
+def _e4m3_rows(start, stop, out, dropped, codes, scales, rows_per_scale, columns_per_scale, table):  # type: ignore[no-untyped-def]
+    columns = out.shape[1]
+    values = np.empty(columns, np.float32)
+    for row in range(start, stop):
+        for block in range(scales.shape[1]):
+            first = block * columns_per_scale
+            scale = scales[row // rows_per_scale, block]
+            for i in range(first, min(first + columns_per_scale, columns)):
+                values[i] = table[codes[row, i]] * scale
+        _store(values, out[row], dropped)

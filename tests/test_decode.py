@@ -1,0 +1,61 @@
+"""The compiled decoders and their plain-torch defaults give the same bits, those of the formula."""
+
+import pytest
+import torch
+
+from compress.formats import bitpack
+from compress.kernels import decode
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_groups_equal_torch(bits: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(bits)
+    for rows, groups, group_size in ((3, 2, 32), (1, 1, 43), (5, 3, 7), (2, 1, 1)):
+        q = torch.randint(0, 1 << bits, (rows, groups * group_size), dtype=torch.uint8)
+        scales = torch.randn(rows, groups).mul(0.02).to(dtype)
+        zeros = torch.randint(0, 1 << bits, (rows, groups), dtype=torch.uint8)
+        packed = bitpack.pack(q, bits)
+        for given in (zeros, None):
+            offset = torch.full((rows, groups), float(1 << (bits - 1))) if given is None else zeros.float()
+            values = q.view(rows, groups, group_size).float() - offset[:, :, None]
+            want = (values * scales.float()[:, :, None]).flatten(1).to(dtype)
+            for function in (decode.groups, decode.groups_torch):
+                got = function(packed, scales, given, bits, group_size)
+                assert got.dtype == dtype and torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block", [(1, 300), (200, 300), (128, 128), (64, 7)], ids=str)
+def test_e4m3_equals_torch(block: tuple[int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight = torch.randint(0, 256, (200, 300), dtype=torch.uint8)
+    weight[(weight & 127) == 127] = 0  # NaN does not occur in what we write, and is not equal to itself
+    rows, columns = -(-200 // block[0]), -(-300 // block[1])
+    scales = torch.rand(rows, columns).add(0.01).to(dtype)
+    spread = scales.float().repeat_interleave(block[0], 0)[:200].repeat_interleave(block[1], 1)[:, :300]
+    want = (weight.view(torch.float8_e4m3fn).float() * spread).to(dtype)
+    for function in (decode.e4m3, decode.e4m3_torch):
+        assert torch.equal(function(weight.view(torch.float8_e4m3fn), scales, block), want)
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    import numba
+
+    torch.manual_seed(0)
+    q = torch.randint(0, 16, (2048, 1024), dtype=torch.uint8)
+    packed, scales = bitpack.pack(q, 4), torch.randn(2048, 8).bfloat16()
+    before = numba.get_num_threads()
+    try:
+        numba.set_num_threads(1)
+        one = decode.groups(packed, scales, None, 4, 128)
+    finally:
+        numba.set_num_threads(before)
+    assert torch.equal(decode.groups(packed, scales, None, 4, 128), one)
+
+
+def test_empty_weights_decode_to_empty() -> None:
+    assert decode.groups(torch.empty(0, 4, dtype=torch.int32), torch.empty(0, 1), None, 4, 32).shape == (0, 32)
+    assert decode.e4m3(torch.empty(0, 8, dtype=torch.float8_e4m3fn), torch.ones(1, 1), (1, 8)).shape == (0, 8)
