@@ -138,7 +138,11 @@ def _score(job: Job, prepared: Prepared, options: Options, progress: Progress | 
     how = asdict(options.scoring)
     known = job.recall("evaluation")
     if known is None or known["how"] != json.loads(json.dumps(how)):
-        scores = evaluate(job.checkpoint, prepared.path, **how, progress=progress).to_dict()
+        try:
+            scores = evaluate(job.checkpoint, prepared.path, **how, progress=progress).to_dict()
+        except ValueError as error:
+            kept = f"the weights are done and kept in {job.partial}: the same command scores them, --no-eval does not"
+            raise ValueError(f"{error}; {kept}") from error
         known = {"how": how, "scores": scores}
         job.note("evaluation", known)
     evaluation: dict[str, Any] = known["scores"]
