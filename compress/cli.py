@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import shlex
@@ -41,7 +42,7 @@ def reports(command: Callable[..., Any]) -> Callable[..., Any]:
         except (click.ClickException, click.exceptions.Exit):
             raise
         except KeyboardInterrupt:
-            _fail("interrupted; the same command goes on from here", INTERRUPTED, debug)
+            _fail("interrupted; the same command goes on from what was finished", INTERRUPTED, debug)
         except ValueError as error:
             _fail(str(error), BAD_INPUT, debug)
         except OSError as error:
@@ -60,10 +61,11 @@ def _fail(message: str, code: int, debug: bool) -> None:
 
 
 def _os_message(error: OSError) -> str:
-    where = error.filename or ""
     if error.strerror is None:
         return str(error)
-    return f"{where}: {error.strerror}" if where else f"{error.strerror}; what was finished is kept, run it again"
+    where = f"{error.filename}: " if error.filename else ""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return f"{where}{error.strerror}{'; what was finished is kept, make room and run it again' if full else ''}"
 
 
 def _table(*tables: Any) -> None:

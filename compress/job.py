@@ -113,7 +113,8 @@ class Job:
     def _clear(self) -> None:
         """Empties OUT.partial but for the lock. The first step makes what is left unusable, were it the last one."""
         (self.journal / "job.json").unlink(missing_ok=True)
-        if self.replaced.exists() and not self.out.exists():
+        # Between the two renames only: once the checkpoint has its name, what it replaced may be half removed.
+        if self.replaced.exists() and self.checkpoint.exists() and not self.out.exists():
             os.rename(self.replaced, self.out)
         shutil.rmtree(self.replaced, ignore_errors=True)
         shutil.rmtree(self.checkpoint, ignore_errors=True)

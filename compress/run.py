@@ -81,11 +81,6 @@ def read_report(out: Path) -> Report:
 
 def _recipe(prepared: Prepared, model: str, options: Options) -> dict[str, Any]:
     """Everything that decides the bytes of the result."""
-    source = [
-        [file.name, file.stat().st_size, file.stat().st_mtime_ns]
-        for file in sorted(prepared.path.iterdir())
-        if file.is_file()
-    ]
     return {
         "model": model,
         "command": options.command,
@@ -94,7 +89,6 @@ def _recipe(prepared: Prepared, model: str, options: Options) -> dict[str, Any]:
         "seed": options.seed,
         "shard_bytes": sizes.parse(options.shard_size),
         "scoring": asdict(options.scoring) if options.scoring else None,
-        "source": source,
         "versions": versions(),
     }
 

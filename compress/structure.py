@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
@@ -46,17 +47,20 @@ class Linear:
 
 def build(config: PretrainedConfig) -> PreTrainedModel:
     """The model of a config, on the meta device. Raises ValueError where transformers cannot build it."""
-    names = config.architectures or []
-    if not names:
+    names = config.architectures
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise ValueError('config.json names no architecture; add for example "architectures": ["LlamaForCausalLM"]')
     cls = getattr(transformers, names[0], None)
-    if cls is None:
+    if not isinstance(cls, type) or not issubclass(cls, PreTrainedModel):
         raise ValueError(
             f"config.json: architecture {names[0]!r} is unknown to transformers {transformers.__version__}; "
             "a newer transformers may know it (code shipped with a checkpoint is not run)"
         )
-    with torch.device("meta"):
-        model: PreTrainedModel = cls(config)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = cls(config)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"config.json: {names[0]} cannot be built from it: {error}") from None
     return model
 
 
@@ -65,8 +69,8 @@ def read_config(path: Any) -> PretrainedConfig:
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path)
         return config
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        first = str(error).strip().split("\n")[0]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, StrictDataclassError) as error:
+        first = str(error).strip().split("\n\n")[0]
         raise ValueError(f"{path}: config.json cannot be used: {first}") from None
 
 
@@ -126,12 +130,12 @@ class Structure:
         parameter = self.parameters.get(target)
         if parameter is None:
             return []
-        if parameter.dim() == 3 and "expert" in target:
-            return self._experts(name, target, pattern, parameter)
         path, _, leaf = target.rpartition(".")
+        module = self.model.get_submodule(path)
+        if parameter.dim() == 3 and "expert" in f"{target} {type(module).__name__}".lower():
+            return self._experts(name, target, pattern, parameter)
         if pattern is not None or leaf != "weight" or not name.endswith(".weight") or parameter.dim() != 2:
             return []
-        module = self.model.get_submodule(path)
         if not _only_multiplies(module):
             return []
         return [

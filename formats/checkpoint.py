@@ -150,7 +150,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         weight_map = json.loads(index.read_bytes())["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index}: not a safetensors index ({error}); download it again") from None
-    if not isinstance(weight_map, dict) or not all(_is_file_name(file) for file in weight_map.values()):
+    if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_file_name, weight_map.values())):
         raise ValueError(f"{index}: weight_map must give a file of this directory for every tensor")
     return weight_map
 
@@ -225,10 +225,12 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None:
-                self._finish()
-        finally:
-            self._file.close()
+            with self._file:  # closing writes what is buffered, and on a full disk fails too
+                if kind is None:
+                    self._finish()
+        except OSError:
+            self.temporary.unlink(missing_ok=True)
+            raise
         if kind is not None:
             self.temporary.unlink(missing_ok=True)
             return

@@ -135,7 +135,9 @@ def test_overwrite_leaves_alone_what_is_no_checkpoint(tmp_path: Path) -> None:
         check_replace(tmp_path / "home", overwrite=True)
 
 
-def test_an_empty_directory_and_a_link_to_one_can_be_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_directory_and_a_link_to_one_can_be_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = tmp_path / "disk" / "real"
     real.mkdir(parents=True)
     (tmp_path / "link").symlink_to(real)
@@ -174,3 +176,14 @@ def test_a_model_inside_the_partial_output_is_not_cleared_away(tmp_path: Path) -
     model.mkdir(parents=True)
     with pytest.raises(ValueError, match="lie inside one another"):
         check_apart(tmp_path / "out", model)
+
+
+def test_a_replaced_output_that_is_half_removed_does_not_come_back(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    _finish_half(out, RECIPE)
+    partial = tmp_path / "out.partial"
+    (partial / "checkpoint").rename(out)  # as a run leaves it that is killed while it tidies up,
+    _write(partial / "replaced")
+    out.rename(tmp_path / "elsewhere")  # and then the user takes the result away
+    with Job(out, RECIPE) as job:
+        assert not job.resumed and not out.exists() and not job.replaced.exists()
