@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from compress.formats.checkpoint import ShardWriter, write_index
+from compress.formats.shard import ShardWriter, write_index
 
 HIDDEN, FFN, KV, VOCAB = 4096, 14336, 1024, 32000
 COMMANDS = (("int4",), ("int4", "--set", "clip=absmax"), ("fp8",), ("fp8", "--set", "granularity=block"))

@@ -277,7 +277,7 @@ def evaluate(model: str, reference: str | None, out: Path | None, as_json: bool,
     """
     from compress import tables
     from compress.api import evaluate as run
-    from compress.formats.checkpoint import write_text
+    from compress.formats.files import write_text
 
     with _progress() as progress:
         evaluation = run(model, reference, **_scoring(scoring), progress=progress).to_dict()

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from compress import __version__
-from compress.formats.checkpoint import ShardWriter, write_index, write_text
+from compress.formats.files import write_text
+from compress.formats.shard import ShardWriter, write_index
 from compress.job import Job, check_apart
-from compress.pipeline import SHARD_BYTES, Unit, copy_side_files, shards
+from compress.layout import SHARD_BYTES, Unit, copy_side_files, shards
 from compress.scheme import Spec
 from compress.source import Source
 
@@ -40,7 +41,7 @@ def export(
         "export": str(model.resolve()),
         "to": to,
         "shard_bytes": shard_bytes,
-        "files": _identity(model),
+        "files": source.identity(),
         "versions": [__version__, torch.__version__],
     }
     with Job(out, recipe, overwrite) as job:
@@ -57,6 +58,7 @@ def _write(job: Job, source: Source, dtype: torch.dtype, shard_bytes: int, progr
     group = [Unit(name, (), {name: Spec(_target(spec, dtype), spec.shape)}) for name, spec in source.specs.items()]
     layout = shards(group, shard_bytes)
     total, done = sum(unit.bytes for unit in group), 0
+    job.check_room(total)
     files: dict[str, str] = {}
     for file, part in layout.items():
         if job.recall(file) is None:
@@ -72,10 +74,6 @@ def _write(job: Job, source: Source, dtype: torch.dtype, shard_bytes: int, progr
     config["dtype"] = str(dtype).removeprefix("torch.")
     write_text(job.checkpoint / "config.json", json.dumps(config, indent=2) + "\n")
     copy_side_files(source.path, job.checkpoint)
-
-
-def _identity(model: Path) -> list[list[object]]:
-    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(model.iterdir()) if f.is_file()]
 
 
 def _target(spec: Spec, dtype: torch.dtype) -> torch.dtype:

@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from compress.formats.checkpoint import sync_directory, write_text
+from compress.formats.files import sync_directory, write_text
 
 
 class Job:
@@ -73,6 +73,14 @@ class Job:
         except (FileNotFoundError, ValueError):  # one that cannot be read counts as not finished
             return None
         return noted
+
+    def check_room(self, planned: int) -> None:
+        """Raises OSError where the disk cannot hold `planned` bytes of tensors, what is there already counted in."""
+        present = sum(path.stat().st_size for path in self.checkpoint.glob("*.safetensors"))
+        free = shutil.disk_usage(self.checkpoint).free
+        if planned - present > free:
+            missing = f"{planned - present:,} more bytes are needed and {free:,} are free"
+            raise OSError(f"{self.out.parent}: {missing}; make room and run it again")
 
     def finish(self) -> None:
         """Gives the finished directory its name; what had that name goes only then."""

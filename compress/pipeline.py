@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -15,31 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.formats.checkpoint import INDEX, PICKLES, SINGLE, ShardWriter, write_index, write_text
+from compress.formats.files import write_text
+from compress.formats.shard import ShardWriter, write_index
 from compress.job import Job
-from compress.planning import Packed, Plan, matrix_shape
+from compress.layout import SHARD_BYTES, Unit, copy_side_files, shards, units
+from compress.planning import Packed, Plan
 from compress.scheme import Spec
 from compress.source import Source
 
-SHARD_BYTES = 5_000_000_000
 ERROR_VALUES = 1 << 18  # values compared at once: what a core's cache holds
-OTHER_WEIGHTS = {*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".tflite", ".npz"}
-OWN_FILES = {"config.json", INDEX, "compress.json", "report.json", "README.md"}
 
 Progress = Callable[[int, str], None]  # source bytes just done, name of the tensor
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One source tensor and everything that is written for it: stored name -> spec, in file order."""
-
-    source: str
-    modules: tuple[str, ...]  # empty: copied as it is
-    specs: dict[str, Spec]
-
-    @property
-    def bytes(self) -> int:
-        return sum(spec.bytes for spec in self.specs.values())
 
 
 @dataclass(frozen=True)
@@ -66,60 +51,6 @@ class Written:
     reports: list[dict[str, Any]]
 
 
-def units(source: Source, plan: Plan, tied: dict[str, str]) -> list[Unit]:
-    """Everything that will be written, in source order. tied: source tensors that another one stands for."""
-    modules: dict[str, list[str]] = {}
-    for module, packed in plan.modules.items():
-        modules.setdefault(packed.source, []).append(module)
-    return [
-        _unit(name, spec, tuple(modules.get(name, ())), plan) for name, spec in source.specs.items() if name not in tied
-    ]
-
-
-def _unit(name: str, spec: Spec, modules: tuple[str, ...], plan: Plan) -> Unit:
-    if not modules:
-        return Unit(name, (), {name: spec})
-    specs = {}
-    for module in modules:
-        original = Spec(spec.dtype, matrix_shape(plan.modules[module], spec))
-        specs.update(dict(plan.stored_specs(module, original).values()))
-    if not plan.interchange:
-        specs[name] = Spec(torch.uint8, (0,))  # stops a loader that does not know us
-    return Unit(name, modules, specs)
-
-
-def shards(units: list[Unit], shard_bytes: int) -> dict[str, list[Unit]]:
-    """file name -> what goes into it. A tensor larger than `shard_bytes` gets a file of its own."""
-    groups: list[list[Unit]] = [[]]
-    size = 0
-    for unit in units:
-        if groups[-1] and size + unit.bytes > shard_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(unit)
-        size += unit.bytes
-    if len(groups) == 1:
-        return {SINGLE: groups[0]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
-
-
-def tied_copies(source: Source, tied: dict[str, str], target: Callable[[str], str]) -> dict[str, str]:
-    """Source tensors that repeat, bit for bit, one that the model ties them to: they are written once.
-
-    tied: parameter -> the parameter it shares memory with. target: the parameter of a stored name.
-    """
-    names = {target(name): name for name in source.specs}
-    pairs = {names[a]: names[b] for a, b in tied.items() if a in names and b in names and names[a] != names[b]}
-    return {a: b for a, b in pairs.items() if source.specs[a] == source.specs[b] and _same_bytes(source, a, b)}
-
-
-def _same_bytes(source: Source, a: str, b: str) -> bool:
-    same = torch.equal(source.read(a).view(torch.uint8), source.read(b).view(torch.uint8))
-    source.release(a)
-    source.release(b)
-    return same
-
-
 def write(
     job: Job,
     source: Source,
@@ -130,7 +61,7 @@ def write(
 ) -> Written:
     """Writes shards, index, config.json and side files to the job's checkpoint directory, going on where it stopped."""
     layout = shards(units(source, plan, tied), shard_bytes)
-    _check_room(job, sum(unit.bytes for group in layout.values() for unit in group))
+    job.check_room(sum(unit.bytes for group in layout.values() for unit in group))
     records: dict[str, dict[str, Any]] = {}
     headers, hashes, reports = {}, {}, []
     for file, group in layout.items():
@@ -245,27 +176,3 @@ def relative_error(weight: Tensor, decoded: Tensor) -> float:
 
 def _bits(size: int, weights: int) -> float:
     return 8 * size / weights if weights else 0.0
-
-
-def _check_room(job: Job, planned: int) -> None:
-    present = sum(path.stat().st_size for path in job.checkpoint.glob("*.safetensors"))
-    free = shutil.disk_usage(job.checkpoint).free
-    if planned - present > free:
-        raise OSError(
-            f"{job.out.parent}: {planned - present:,} more bytes are needed and {free:,} are free; nothing was written"
-        )
-
-
-def copy_side_files(model: Path, out: Path) -> None:
-    """Everything beside the weights: tokenizer, generation config, templates, code. The model's card keeps its text."""
-    for path in sorted(model.rglob("*")):
-        relative = path.relative_to(model)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if not path.is_file() or hidden or path.suffix in OTHER_WEIGHTS or relative.as_posix() in OWN_FILES:
-            continue
-        if path.name.endswith(".index.json") and path.name.split(".")[-3] in ("safetensors", "bin"):
-            continue
-        (out / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, out / relative)
-    if (model / "README.md").exists():
-        shutil.copyfile(model / "README.md", out / "README.original.md")

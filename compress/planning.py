@@ -137,7 +137,7 @@ def _check_whole(module: str, scheme: Scheme, specs: Mapping[str, Spec]) -> None
 
 
 def resolve(structure: Structure, specs: Mapping[str, Spec], rules: Sequence[Rule], scheme: Scheme) -> Plan:
-    """The first rule that matches a module decides; without one, `scheme` takes every linear but the head.
+    """The first rule that matches a module decides; without one, `scheme` takes every linear but the head and routers.
 
     specs: shape and dtype of every source tensor. Raises ValueError for a rule that matches nothing, or that splits
     the experts of one parameter.
@@ -150,7 +150,7 @@ def resolve(structure: Structure, specs: Mapping[str, Spec], rules: Sequence[Rul
         hits = [i for i, rule in enumerate(rules) if rule.matches(name)]
         for i in hits:
             counts[i] += 1
-        chosen = rules[hits[0]].scheme if hits else (None if linear.head else scheme)
+        chosen = rules[hits[0]].scheme if hits else (None if linear.head or linear.router else scheme)
         spec = specs[linear.source]
         if chosen is None or 0 in spec.shape or not spec.dtype.is_floating_point:
             left.append(name)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from compress import hub
-from compress.pipeline import TensorReport, tied_copies, units
+from compress.layout import tied_copies, units
+from compress.pipeline import TensorReport
 from compress.planning import Packed, Plan, matrix_shape, resolve
 from compress.recipe import Rules
 from compress.registry import make

@@ -21,10 +21,11 @@ from compress import __version__, sizes
 from compress.eval.evaluate import check, evaluate
 from compress.eval.report import Report, card
 from compress.formats import manifest
-from compress.formats.checkpoint import write_text
+from compress.formats.files import write_text
 from compress.interchange import loader_note
 from compress.job import Job, check_apart
-from compress.pipeline import SHARD_BYTES, Written, write
+from compress.layout import SHARD_BYTES
+from compress.pipeline import Written, write
 from compress.prepare import Prepared, summarize
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, how much there is
@@ -63,6 +64,7 @@ def run(prepared: Prepared, model: str, out: Path, options: Options, progress: P
     recipe = _recipe(prepared, model, options)
     # Scoring and the card's wording may change between an interruption and the next try; the weights stay good.
     decisive = {key: value for key, value in recipe.items() if key not in ("scoring", "command", "model")}
+    decisive["source"] = prepared.source.identity()
     with Job(out, decisive, options.overwrite) as job:
         if not job.finished:
             written = _write(job, prepared, options, progress)

@@ -51,6 +51,11 @@ class Source:
             return self.decode(modules[0])
         return torch.stack([self.decode(module) for module in modules])
 
+    def identity(self) -> list[list[object]]:
+        """Name, size and time of every file: what tells that a source is still the same."""
+        files = (path for path in sorted(self.path.iterdir()) if path.is_file())
+        return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
     def is_packed(self, name: str) -> bool:
         """Whether reading `name` decodes it into new memory."""
         return name in self._modules

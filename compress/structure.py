@@ -8,7 +8,7 @@ each stored name ends in. A weight counts as linear when that parameter is the w
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,9 @@ from transformers.core_model_loading import (
 )
 from transformers.pytorch_utils import Conv1D
 
+# What configs call the number of experts of a layer.
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -43,6 +46,7 @@ class Linear:
     part: int  # and within that expert (gate, up)
     native: bool  # an nn.Linear, which other loaders know how to replace
     head: bool  # the model's output embedding
+    router: bool  # decides which experts run
 
 
 def build(config: PretrainedConfig) -> PreTrainedModel:
@@ -79,7 +83,7 @@ class Structure:
 
     def __init__(self, model: PreTrainedModel, names: Iterable[str]) -> None:
         self.model = model
-        self.parameters: Mapping[str, Tensor] = model.state_dict()
+        self.parameters = dict(model.state_dict())
         conversions = get_model_conversion_mapping(model)
         self._renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
@@ -121,7 +125,7 @@ class Structure:
     def target(self, name: str) -> tuple[str, str | None]:
         """The model's parameter that a stored tensor ends in, and the conversion pattern that takes it there."""
         target, pattern = rename_source_key(
-            name, self._renamings, self._converters, self.model.base_model_prefix, dict(self.parameters)
+            name, self._renamings, self._converters, self.model.base_model_prefix, self.parameters
         )
         return target, pattern
 
@@ -149,13 +153,23 @@ class Structure:
                 part=0,
                 native=isinstance(module, nn.Linear),
                 head=module is self._head,
+                router=self._routes(path, parameter.shape[0]),
             )
         ]
+
+    def _routes(self, path: str, rows: int) -> bool:
+        """One row for each expert, or for the shared one, in a router or beside modules that are named for experts."""
+        config = self.model.config.get_text_config()
+        if rows not in {1, *(getattr(config, key, None) for key in EXPERT_COUNTS)}:
+            return False
+        parts = path.split(".")[:-1]
+        near = [self.model.get_submodule(".".join(parts[: len(parts) - up])) for up in range(2)]
+        return "router" in path or any("expert" in child for module in near for child, _ in module.named_children())
 
     def _experts(self, name: str, target: str, pattern: str | None, parameter: Tensor) -> list[Linear]:
         owner = self.model.get_submodule(target.rpartition(".")[0])
         transposed = bool(getattr(owner, "is_transposed", False))
-        shared: dict[str, Any] = {"source": name, "path": target, "native": False, "head": False}
+        shared: dict[str, Any] = {"source": name, "path": target, "native": False, "head": False, "router": False}
         if pattern is None:
             return [
                 Linear(f"{name}.{i}", index=i, transposed=transposed, expert=i, part=0, **shared)

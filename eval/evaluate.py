@@ -187,4 +187,6 @@ def _tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: no tokenizer that loads, which is needed to score text: {reason}") from error
+        raise ValueError(
+            f"{path}: no tokenizer that loads, which scoring needs (--no-eval does without): {reason}"
+        ) from error

@@ -1,21 +1,15 @@
-"""Safetensors checkpoints, streamed: headers first, one tensor at a time, never a pickle.
+"""Reading safetensors checkpoints: headers first, one tensor at a time, never a pickle.
 
-`Checkpoint` maps the files, so that a tensor costs no private memory until it is changed. `ShardWriter` appends tensors
-to one file and gives it its name when it is complete.
+The files are mapped, so that a tensor costs no private memory until it is changed.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import mmap
-import os
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -43,7 +37,6 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -177,101 +170,3 @@ def _read_header(file: Path) -> dict[str, Entry]:
         start, end = (8 + length + offset for offset in info["data_offsets"])
         entries[name] = Entry(DTYPES[info["dtype"]], tuple(info["shape"]), file, start, end)
     return dict(sorted(entries.items(), key=lambda item: (item[1].start, item[0])))
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a CPU tensor, without a copy where it is contiguous."""
-    flat = tensor.detach().contiguous().reshape(-1)
-    array: Any = flat.view(torch.uint8).numpy()
-    return memoryview(array) if flat.numel() else memoryview(b"")
-
-
-class ShardWriter:
-    """Appends tensors to one safetensors file. The file gets its name, complete and synced, when the block ends well.
-
-    names: the tensors that will come, with dtype and greatest shape; they fix how much room the header gets, so that
-    the tensors can be written before the header is known.
-    """
-
-    def __init__(self, path: Path, names: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
-        self.path, self.temporary = path, path.with_name(path.name + ".tmp")
-        self.records: dict[str, dict[str, object]] = {}
-        room = 64 + sum(len(json.dumps(_header_item(name, d, s, 1 << 50, 1 << 50))) + 2 for name, d, s in names)
-        self._header_bytes = room + -(8 + room) % 64  # the data starts on a cache line
-        self._header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        self._position = 0
-        self.header_sha256 = ""
-
-    def __enter__(self) -> ShardWriter:
-        self._file = self.temporary.open("wb")
-        self._file.seek(8 + self._header_bytes)
-        return self
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Writes the tensor and records its dtype, shape, size and SHA-256."""
-        data = tensor_bytes(tensor)
-        self._file.write(data)
-        start, self._position = self._position, self._position + data.nbytes
-        self._header.update(_header_item(name, tensor.dtype, tuple(tensor.shape), start, self._position))
-        self.records[name] = {
-            "file": self.path.name,
-            "dtype": NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "bytes": data.nbytes,
-            "sha256": hashlib.sha256(data).hexdigest(),
-        }
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            with self._file:  # closing writes what is buffered, and on a full disk fails too
-                if kind is None:
-                    self._finish()
-        except OSError:
-            self.temporary.unlink(missing_ok=True)
-            raise
-        if kind is not None:
-            self.temporary.unlink(missing_ok=True)
-            return
-        os.replace(self.temporary, self.path)
-        sync_directory(self.path.parent)
-
-    def _finish(self) -> None:
-        header = json.dumps(self._header, separators=(",", ":")).encode().ljust(self._header_bytes)
-        assert len(header) == self._header_bytes, "a shape grew beyond what was announced"
-        self._file.seek(0)
-        prefix = struct.pack("<Q", len(header)) + header
-        self._file.write(prefix)
-        self.header_sha256 = hashlib.sha256(prefix).hexdigest()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-
-def _header_item(name: str, dtype: torch.dtype, shape: tuple[int, ...], start: int, end: int) -> dict[str, object]:
-    return {name: {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}}
-
-
-def write_index(directory: Path, files: dict[str, str], total_bytes: int) -> None:
-    """files: tensor name -> shard. Writes the index that loaders look for beside more than one shard."""
-    write_text(directory / INDEX, json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": files}, indent=2))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a small file so that it is either as it was or as it will be, whatever happens."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-    sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Makes renames in the directory outlast a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -102,6 +102,8 @@ _TINY: dict[str, tuple[str, dict[str, Any]]] = {
         "GptOssForCausalLM",
         {"intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
     ),
+    # its experts lie in parameters called `weight`
+    "jetmoe": ("JetMoeForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 16}),
     "llama4": ("Llama4ForCausalLM", {"head_dim": 16, "intermediate_size_mlp": 128, "num_local_experts": 4}),
     "deepseek-v3": (
         "DeepseekV3ForCausalLM",
@@ -160,9 +162,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_config: Callable[[
 
 
 @pytest.fixture(scope="session")
-def tiny_compressed(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]
-) -> Callable[..., Path]:
+def tiny_compressed(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]) -> Callable[..., Path]:
     """tiny_compressed(name, scheme, **options): a tiny model compressed, unscored. Treat it as read-only."""
     import compress
 

@@ -37,13 +37,14 @@ CODED = {
     "mamba": 2 * 4,
     "t5": 2 * (4 + 2) + 2 * (8 + 2),
     "mixtral": 2 * (4 + 4 * 3),
-    "qwen2-moe": 2 * (4 + 4 * 3 + 3 + 1),  # a shared expert and its gate
+    "qwen2-moe": 2 * (4 + 4 * 3 + 3),  # a shared expert, whose gate is a router
     "qwen3-moe": 2 * (4 + 4 * 3),
     "gpt-oss": 2 * (4 + 4 * 2),
+    "jetmoe": 2 * (1 + 4 * 2 + 4 * 2),  # attention has experts too; both routers are plain linears and stay
     "llama4": 2 * (4 + 4 * 2 + 3),
     "deepseek-v3": 2 * 5 + 3 + (4 * 3 + 3),
 }
-EXPERTS = ["mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss", "llama4", "deepseek-v3"]
+EXPERTS = ["jetmoe", "mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss", "llama4", "deepseek-v3"]
 CASES = [(name, "int4") for name in CODED]
 CASES += [(name, "fp8") for name in ("llama-ragged", "phi3", "gpt2", "mixtral", "gpt-oss")]
 # |W - W'| / |W| of normal values: 0.11 at 4 bits (arXiv:2210.17323's round to nearest), 2**-4 / sqrt(12) and scale

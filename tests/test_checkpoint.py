@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from compress.formats.checkpoint import DTYPES, Checkpoint, ShardWriter, tensor_bytes, write_index
+from compress.formats.checkpoint import DTYPES, Checkpoint
+from compress.formats.shard import ShardWriter, tensor_bytes, write_index
 
 
 def examples() -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from compress import __version__
 from compress.cli import BAD_INPUT, FAILED, INTERRUPTED, main, reports
-from compress.formats.checkpoint import ShardWriter
+from compress.formats.shard import ShardWriter
 from compress.registry import SCHEMES
 
 

@@ -102,7 +102,7 @@ def test_a_window_beyond_the_context_is_refused(llama_dir: Path) -> None:
 def test_a_folder_without_a_tokenizer_is_refused(llama_dir: Path, tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         shutil.copy(llama_dir / name, tmp_path)
-    with pytest.raises(ValueError, match="no tokenizer that loads, which is needed to score text"):
+    with pytest.raises(ValueError, match="no tokenizer that loads, which scoring needs"):
         evaluate(tmp_path)
 
 

@@ -78,7 +78,7 @@ def test_a_recipe_gives_each_module_its_scheme(tmp_path: Path) -> None:
     [
         ("{", "is not YAML"),
         ("match: x", "is not a list of rules"),
-        ("- {scheme: int4}", "rule 1: needs `match` and `scheme`"),
+        ("- {scheme: int4}", "rule 1: needs `match`"),
         ("- {match: a, scheme: int4}\n- {match: b, scheme: int9}", "rule 2: unknown scheme 'int9'"),
         ("- {match: a, scheme: int4, bit: 3}", "did you mean 'bits'"),
         ("- {match: 're:(', scheme: int4}", "not a regular expression"),

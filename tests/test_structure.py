@@ -38,10 +38,16 @@ MLP = {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
         ("gemma2", "layers.0.", ATTENTION | MLP),
         ("phi3", "layers.0.", {"self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"}),
         ("gpt2", "h.0.", {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
-        ("gpt-neox", "layers.0.", {"attention.query_key_value", "attention.dense"}
-         | {"mlp.dense_h_to_4h", "mlp.dense_4h_to_h"}),
-        ("falcon", "h.0.", {"self_attention.query_key_value", "self_attention.dense"}
-         | {"mlp.dense_h_to_4h", "mlp.dense_4h_to_h"}),
+        (
+            "gpt-neox",
+            "layers.0.",
+            {"attention.query_key_value", "attention.dense"} | {"mlp.dense_h_to_4h", "mlp.dense_4h_to_h"},
+        ),
+        (
+            "falcon",
+            "h.0.",
+            {"self_attention.query_key_value", "self_attention.dense"} | {"mlp.dense_h_to_4h", "mlp.dense_4h_to_h"},
+        ),
         ("mamba", "layers.0.", {f"mixer.{part}_proj" for part in ("in", "x", "dt", "out")}),
     ],
 )
@@ -170,3 +176,13 @@ def test_a_config_that_cannot_be_used_is_one_line(text: str | None, tmp_path: Pa
 
 def test_a_built_model_has_no_memory(tiny_config: Config) -> None:
     assert all(parameter.is_meta for parameter in build(tiny_config("qwen3-moe")).parameters())
+
+
+@pytest.mark.parametrize("name, copes", [("llama", True), ("gemma3", True), ("t5", False), ("falcon", False)])
+def test_it_is_known_whether_a_model_initialises_without_its_weights(
+    name: str, copes: bool, tiny_config: Config
+) -> None:
+    found = structure(tiny_config, name)
+    paths = [linear.path for linear in found.linears.values() if not linear.head]
+    assert found.initializes_packed(paths) == copes
+    assert all(isinstance(found.model.get_submodule(path).weight, nn.Parameter) for path in paths)

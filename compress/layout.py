@@ -1,0 +1,101 @@
+"""What an output directory consists of: which tensors in which file, and which files beside them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from compress.formats.checkpoint import INDEX, PICKLES, SINGLE
+from compress.planning import Plan, matrix_shape
+from compress.scheme import Spec
+from compress.source import Source
+
+SHARD_BYTES = 5_000_000_000
+OTHER_WEIGHTS = {*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".tflite", ".npz"}
+OWN_FILES = {"config.json", INDEX, "compress.json", "report.json", "README.md"}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One source tensor and everything that is written for it: stored name -> spec, in file order."""
+
+    source: str
+    modules: tuple[str, ...]  # empty: copied as it is
+    specs: dict[str, Spec]
+
+    @property
+    def bytes(self) -> int:
+        return sum(spec.bytes for spec in self.specs.values())
+
+
+def units(source: Source, plan: Plan, tied: dict[str, str]) -> list[Unit]:
+    """Everything that will be written, in source order. tied: source tensors that another one stands for."""
+    modules: dict[str, list[str]] = {}
+    for module, packed in plan.modules.items():
+        modules.setdefault(packed.source, []).append(module)
+    return [
+        _unit(name, spec, tuple(modules.get(name, ())), plan) for name, spec in source.specs.items() if name not in tied
+    ]
+
+
+def _unit(name: str, spec: Spec, modules: tuple[str, ...], plan: Plan) -> Unit:
+    if not modules:
+        return Unit(name, (), {name: spec})
+    specs = {}
+    for module in modules:
+        original = Spec(spec.dtype, matrix_shape(plan.modules[module], spec))
+        specs.update(dict(plan.stored_specs(module, original).values()))
+    if not plan.interchange:
+        specs[name] = Spec(torch.uint8, (0,))  # stops a loader that does not know us
+    return Unit(name, modules, specs)
+
+
+def shards(units: list[Unit], shard_bytes: int) -> dict[str, list[Unit]]:
+    """file name -> what goes into it. A tensor larger than `shard_bytes` gets a file of its own."""
+    groups: list[list[Unit]] = [[]]
+    size = 0
+    for unit in units:
+        if groups[-1] and size + unit.bytes > shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(unit)
+        size += unit.bytes
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def tied_copies(source: Source, tied: dict[str, str], target: Callable[[str], str]) -> dict[str, str]:
+    """Source tensors that repeat, bit for bit, one that the model ties them to: they are written once.
+
+    tied: parameter -> the parameter it shares memory with. target: the parameter of a stored name.
+    """
+    names = {target(name): name for name in source.specs}
+    pairs = {names[a]: names[b] for a, b in tied.items() if a in names and b in names and names[a] != names[b]}
+    return {a: b for a, b in pairs.items() if source.specs[a] == source.specs[b] and _same_bytes(source, a, b)}
+
+
+def _same_bytes(source: Source, a: str, b: str) -> bool:
+    same = torch.equal(source.read(a).view(torch.uint8), source.read(b).view(torch.uint8))
+    source.release(a)
+    source.release(b)
+    return same
+
+
+def copy_side_files(model: Path, out: Path) -> None:
+    """Everything beside the weights: tokenizer, generation config, templates, code. The model's card keeps its text."""
+    for path in sorted(model.rglob("*")):
+        relative = path.relative_to(model)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if not path.is_file() or hidden or path.suffix in OTHER_WEIGHTS or relative.as_posix() in OWN_FILES:
+            continue
+        if path.name.endswith(".index.json") and path.name.split(".")[-3] in ("safetensors", "bin"):
+            continue
+        (out / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, out / relative)
+    if (model / "README.md").exists():
+        shutil.copyfile(model / "README.md", out / "README.original.md")
