@@ -68,7 +68,8 @@ def loader_note(distinct: Iterable[Scheme], dense: bool) -> str:
     odd = any(isinstance(scheme, Int4) and scheme.bits not in (4, 8) for scheme in schemes)
     package = "compressed-tensors >= 0.20, which packs this width as it is stored" if odd else "compressed-tensors"
     when = "decoded to dense weights while loading" if needs_dequantize(schemes, dense) else "decoded when first run"
-    return f"with {package}; {when}"
+    which = " and transformers >= 5.23" if dense else ""  # 5.17 decodes experts too, but not yet T5, Falcon, Mamba
+    return f"with {package}{which}; {when}"
 
 
 def read(config: Mapping[str, Any], stored: Iterable[str]) -> dict[str, Scheme]:

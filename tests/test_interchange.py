@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -244,6 +246,8 @@ def compressed_weights(model: PreTrainedModel) -> dict[str, Tensor]:
 def test_transformers_loads_it_without_us(name: str, base: Path, elsewhere: dict[str, dict[str, Any]]) -> None:
     config = json.loads((base / name / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "compressed-tensors"
+    if name in ("t5-int4", "falcon-int4", "mamba-int4") and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("older transformers initialises weights that are packed, though it is told to decode them")
     theirs = elsewhere[name]
     assert "error" not in theirs, theirs["error"]
     ours = compress.load(base / name)

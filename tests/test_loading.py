@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
@@ -87,6 +89,9 @@ def test_a_loaded_model_is_in_eval_mode_and_its_stored_dtype(out: Path) -> None:
     assert linears and all("weight" not in dict(linear.named_parameters()) for linear in linears)
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"), reason="older transformers leaves routers in the stored dtype"
+)
 def test_another_dtype_at_loading_runs_close_to_the_stored_one(out: Path) -> None:
     stored = logits(compress.load(out)).double()
     other = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
