@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -28,7 +29,7 @@ class Spec:
 
 
 @dataclass(frozen=True)
-class Scheme:
+class Scheme(ABC):
     """A way to store one linear weight.
 
     Its fields are its options: they are written to config.json as they are, and `--set KEY=VALUE` sets them. A scheme
@@ -43,21 +44,21 @@ class Scheme:
         """The scheme for an (out_features, in_features) weight: itself, or for example with a group that divides it."""
         return self
 
+    @abstractmethod
     def specs(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Spec]:
         """The tensors that `encode` makes of an (out_features, in_features) weight of `dtype`, by local name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self, weight: Tensor) -> Tensors:
         """weight: (out_features, in_features), bfloat16, float16 or float32, finite. Returns the tensors to store."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, tensors: Tensors) -> Tensor:
         """The weight that `tensors` stand for: (out_features, in_features), in the dtype that was encoded."""
-        raise NotImplementedError
 
+    @abstractmethod
     def original(self, specs: Mapping[str, Spec]) -> Spec:
         """Shape and dtype of the weight that was encoded, from the headers of its stored tensors alone."""
-        raise NotImplementedError
 
     def linear(self, x: Tensor, tensors: Tensors, bias: Tensor | None = None) -> Tensor:
         """x: (..., in_features). Returns (..., out_features). Override where a fused kernel exists."""
