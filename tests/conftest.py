@@ -74,6 +74,11 @@ _MOE = {"moe_intermediate_size": 32, "num_experts_per_tok": 2, "head_dim": 16}
 _BERT_SIZES = {key: value for key, value in _SIZES.items() if key != "num_key_value_heads"}
 # name -> (class of transformers, fields of its config)
 _TINY: dict[str, tuple[str, dict[str, Any]]] = {
+    "one-layer": (
+        "LlamaForCausalLM",
+        {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+        | {"num_attention_heads": 2, "num_key_value_heads": 1},
+    ),
     "llama": ("LlamaForCausalLM", {"tie_word_embeddings": False}),
     "llama-tied-biased": ("LlamaForCausalLM", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
     # 172 = 4 * 43 has no group of 128, 64 or 32; 43 rows are a multiple of nothing
@@ -177,3 +182,22 @@ def tiny_compressed(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callab
         return known[key]
 
     return path
+
+
+@pytest.fixture(scope="session")
+def running_weights() -> Callable[[Any], dict[str, torch.Tensor]]:
+    """running_weights(model): path of a parameter -> its value as the compressed modules run it."""
+    from compress.kernels.experts import CompressedExperts
+    from compress.kernels.linear import CompressedLinear
+
+    def weights(model: Any) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        within = "no module yet"
+        for path, module in model.named_modules():
+            if isinstance(module, CompressedExperts):
+                found[path], within = module.dense(), f"{path}."
+            if isinstance(module, CompressedLinear) and not path.startswith(within):
+                found[f"{path}.weight"] = module.weight
+        return found
+
+    return weights

@@ -19,6 +19,7 @@ from compress.kernels.experts import CompressedExperts
 from compress.kernels.linear import CompressedLinear
 from compress.recipe import Rules
 
+Running = Callable[[Any], dict[str, Tensor]]
 # name -> linear weights that are compressed: those of a layer (times two layers), experts counted one by one
 CODED = {
     "llama": 2 * 7,
@@ -69,18 +70,6 @@ def difference(found: Tensor, reference: Tensor) -> float:
     return float((found.double() - reference.double()).norm() / reference.double().norm())
 
 
-def weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Path -> compressed weight, as the model without compression has it there."""
-    found: dict[str, Tensor] = {}
-    within = "no module yet"
-    for path, module in model.named_modules():
-        if isinstance(module, CompressedExperts):
-            found[path], within = module.dense(), f"{path}."
-        if isinstance(module, CompressedLinear) and not path.startswith(within):
-            found[f"{path}.weight"] = module.weight
-    return found
-
-
 def of_plain(model: PreTrainedModel, path: str) -> Tensor:
     parameter = model.get_parameter(path).detach()
     owner = model.get_submodule(path.rpartition(".")[0])
@@ -107,13 +96,18 @@ def test_every_source_tensor_is_accounted_for_and_planned_bytes_are_written(
 
 @pytest.mark.parametrize("name, scheme", CASES)
 def test_each_weight_is_run_where_it_came_from_and_exported_as_it_is_run(
-    name: str, scheme: str, tiny_model: Callable[[str], Path], tiny_compressed: Callable[..., Path], tmp_path: Path
+    name: str,
+    scheme: str,
+    tiny_model: Callable[[str], Path],
+    tiny_compressed: Callable[..., Path],
+    tmp_path: Path,
+    running_weights: Running,
 ) -> None:
     out = tiny_compressed(name, scheme)
     model, original = compress.load(out), plain(tiny_model(name))
     export(out, tmp_path / "plain")
     exported = plain(tmp_path / "plain")
-    found = weights(model)
+    found = running_weights(model)
     assert sum(isinstance(module, CompressedLinear) for module in model.modules()) == CODED[name]
     for path, weight in found.items():
         assert torch.equal(weight, of_plain(exported, path)), path

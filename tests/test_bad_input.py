@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,23 +20,9 @@ BAD_INPUT, FAILED = 2, 1
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plain(tiny_model: Callable[[str], Path]) -> Path:
     """A Llama of one layer, without a tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    path = tmp_path_factory.mktemp("plain") / "model"
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
-    return path
+    return tiny_model("one-layer")
 
 
 @pytest.fixture

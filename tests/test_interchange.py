@@ -24,10 +24,10 @@ from compress.fp8 import Fp8
 from compress.hf import model_class
 from compress.int4 import Int4
 from compress.interchange import read, read_fp8
-from compress.kernels.experts import CompressedExperts
 from compress.kernels.linear import CompressedLinear
 from compress.recipe import Rules
 
+Running = Callable[[Any], dict[str, Tensor]]
 pytest.importorskip("compressed_tensors")
 
 CLIENT = """
@@ -230,20 +230,10 @@ def elsewhere(base: Path, tiny_model: Callable[[str], Path]) -> dict[str, dict[s
     return {Path(path).name: result for path, result in found.items()}
 
 
-def compressed_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Path of a parameter -> its value as we run it."""
-    found: dict[str, Tensor] = {}
-    within = "no module yet"
-    for path, module in model.named_modules():
-        if isinstance(module, CompressedExperts):
-            found[path], within = module.dense(), f"{path}."
-        if isinstance(module, CompressedLinear) and not path.startswith(within):
-            found[f"{path}.weight"] = module.weight
-    return found
-
-
 @pytest.mark.parametrize("name", LAYOUT)
-def test_transformers_loads_it_without_us(name: str, base: Path, elsewhere: dict[str, dict[str, Any]]) -> None:
+def test_transformers_loads_it_without_us(
+    name: str, base: Path, elsewhere: dict[str, dict[str, Any]], running_weights: Running
+) -> None:
     config = json.loads((base / name / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "compressed-tensors"
     if name in ("t5-int4", "falcon-int4", "mamba-int4") and Version(transformers.__version__) < Version("5.23"):
@@ -251,7 +241,7 @@ def test_transformers_loads_it_without_us(name: str, base: Path, elsewhere: dict
     theirs = elsewhere[name]
     assert "error" not in theirs, theirs["error"]
     ours = compress.load(base / name)
-    found = compressed_weights(ours)
+    found = running_weights(ours)
     assert found
     for path, weight in found.items():
         assert torch.equal(weight, theirs["state"][path]), path
@@ -296,12 +286,16 @@ def test_a_recipe_writes_one_config_group_for_each_scheme(base: Path, elsewhere:
 
 @pytest.mark.parametrize("name", THEIRS)
 def test_their_checkpoint_runs_on_our_kernels(
-    name: str, base: Path, elsewhere: dict[str, dict[str, Any]], tmp_path: Path
+    name: str,
+    base: Path,
+    elsewhere: dict[str, dict[str, Any]],
+    tmp_path: Path,
+    running_weights: Running,
 ) -> None:
     path, theirs = base / f"their-{name}", elsewhere[f"their-{name}"]
     assert "error" not in theirs, theirs["error"]
     ours = compress.load(path)
-    found = compressed_weights(ours)
+    found = running_weights(ours)
     assert len(found) == 14
     for parameter, weight in found.items():
         assert torch.equal(weight, theirs["state"][parameter]), parameter
