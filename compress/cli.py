@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import errno
-import functools
 import json
 import shlex
 import sys
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from compress import __version__
+from compress import __version__, console
 from compress.registry import SCHEMES, did_you_mean
-
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 
 class _Group(click.Group):
@@ -28,81 +22,6 @@ class _Group(click.Group):
         if args and args[0] not in self.commands and not args[0].startswith("-"):
             context.fail(f"no command {args[0]!r}{did_you_mean(args[0], self.commands)}")
         return super().resolve_command(context, args)
-
-
-def reports(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds --json and --debug, and turns what goes wrong into one line on stderr and an exit code."""
-
-    @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, and nothing else there.")
-    @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-    @functools.wraps(command)
-    def wrapped(*args: Any, debug: bool, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except (click.ClickException, click.exceptions.Exit):
-            raise
-        except KeyboardInterrupt:
-            _fail("interrupted; the same command goes on from what was finished", INTERRUPTED, debug)
-        except ValueError as error:
-            _fail(str(error), BAD_INPUT, debug)
-        except OSError as error:
-            _fail(_os_message(error), FAILED, debug)
-        except Exception as error:
-            _fail(f"{type(error).__name__}: {error} (--debug shows where)", FAILED, debug)
-
-    return wrapped
-
-
-def _fail(message: str, code: int, debug: bool) -> None:
-    if debug:
-        traceback.print_exc()
-    click.echo(f"Error: {' '.join(message.split())}", err=True)
-    sys.exit(code)
-
-
-def _os_message(error: OSError) -> str:
-    if error.strerror is None:
-        return str(error)
-    where = f"{error.filename}: " if error.filename else ""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return f"{where}{error.strerror}{'; what was finished is kept, make room and run it again' if full else ''}"
-
-
-def _table(*tables: Any) -> None:
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    for table in tables:
-        console.print(table)
-        console.print()
-
-
-def _emit(document: Any, as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(document, indent=1))
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar per stage, with the time it will still take; nothing where stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f} %"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bars:
-        stages: dict[str, TaskID] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in stages:
-                stages[stage] = bars.add_task(stage, total=total)
-            bars.update(stages[stage], completed=done, total=total)
-
-        yield show
 
 
 def _settings(values: tuple[str, ...]) -> dict[str, str]:
@@ -169,7 +88,7 @@ def main() -> None:
 @scoring_options
 @click.option("--shard-size", default="5GB", show_default=True, help="Largest output file.")
 @click.option("--overwrite", is_flag=True, help="Replace the output, when the new one is complete.")
-@reports
+@console.reports
 def quantize(
     model: str,
     out: Path,
@@ -193,28 +112,20 @@ def quantize(
     compress quantize MODEL --scheme int4 --set bits=3 --exclude down_proj -o OUT
     """
     from compress import tables
-    from compress.api import Rules, Scoring
-    from compress.api import quantize as run
+    from compress.prepare import Prepared
+    from compress.recipe import Rules
+    from compress.run import Options, Scoring, run
 
     if calibration is not None:
         _refuse_calibration(scheme, calibration)
-    with _progress() as progress:
-        report = run(
-            model,
-            out,
-            scheme,
-            rules=Rules(recipe, include, exclude),
-            scoring=Scoring(**_scoring(scoring)) if score else None,
-            seed=seed,
-            overwrite=overwrite,
-            shard_size=shard_size,
-            command=shlex.join(["compress", *sys.argv[1:]]),
-            progress=progress,
-            **_settings(settings),
-        )
-    _emit(report.to_dict(), as_json)
+    how = Scoring(**_scoring(scoring)) if score else None
+    options = Options(how, seed, overwrite, shard_size, command=shlex.join(["compress", *sys.argv[1:]]))
+    with console.progress() as progress:
+        prepared = Prepared(model, scheme, _settings(settings), Rules(recipe, include, exclude))
+        report = run(prepared, model, out, options, progress)
+    console.emit(report.to_dict(), as_json)
     shown = [tables.scores(report.evaluation)] if report.evaluation else []
-    _table(tables.tensors(report.tensors, most=8), tables.run(report), *shown)
+    console.show(tables.tensors(report.tensors, most=8), tables.run(report), *shown)
     for note in report.notes:
         click.echo(f"Note: {note}", err=True)
     click.echo(f"Wrote {out}", err=True)
@@ -234,7 +145,7 @@ def _refuse_calibration(scheme: str, source: str) -> None:
 @main.command()
 @click.argument("model")
 @scheme_options
-@reports
+@console.reports
 def plan(
     model: str,
     scheme: str,
@@ -250,15 +161,15 @@ def plan(
     compress plan MODEL --scheme int4 --set group_size=32
     """
     from compress import tables
-    from compress.api import Rules
-    from compress.api import plan as run
+    from compress.prepare import Prepared
+    from compress.recipe import Rules
 
-    forecast = run(model, scheme, rules=Rules(recipe, include, exclude), **_settings(settings))
+    forecast = Prepared(model, scheme, _settings(settings), Rules(recipe, include, exclude)).forecast()
     lines = [vars(line) for line in forecast.tensors]
     rules = [{"rule": rule, "modules": count} for rule, count in forecast.plan.rule_counts]
     extra = {"peak_memory_bytes": forecast.peak_memory_bytes, "rules": rules, "notes": forecast.notes}
-    _emit({"model": model, "scheme": scheme, **forecast.totals, **extra, "tensors": lines}, as_json)
-    _table(tables.tensors(lines), tables.forecast(forecast))
+    console.emit({"model": model, "scheme": scheme, **forecast.totals, **extra, "tensors": lines}, as_json)
+    console.show(tables.tensors(lines), tables.forecast(forecast))
     for note in forecast.notes:
         click.echo(f"Note: {note}", err=True)
 
@@ -268,7 +179,7 @@ def plan(
 @click.option("--reference", metavar="ORIGINAL", help="Compare with this model: KL divergence, top-1 agreement.")
 @scoring_options
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Also write the scores to this file.")
-@reports
+@console.reports
 def evaluate(model: str, reference: str | None, out: Path | None, as_json: bool, **scoring: Any) -> None:
     """Score MODEL, compressed or not: perplexity, bits per byte, lm-eval tasks.
 
@@ -279,10 +190,10 @@ def evaluate(model: str, reference: str | None, out: Path | None, as_json: bool,
     from compress.api import evaluate as run
     from compress.formats.files import write_text
 
-    with _progress() as progress:
+    with console.progress() as progress:
         evaluation = run(model, reference, **_scoring(scoring), progress=progress).to_dict()
-    _emit(evaluation, as_json)
-    _table(tables.scores(evaluation))
+    console.emit(evaluation, as_json)
+    console.show(tables.scores(evaluation))
     if out:
         write_text(out, json.dumps(evaluation, indent=1) + "\n")
         click.echo(f"Wrote {out}", err=True)
@@ -290,7 +201,7 @@ def evaluate(model: str, reference: str | None, out: Path | None, as_json: bool,
 
 @main.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@reports
+@console.reports
 def inspect(out: Path, as_json: bool) -> None:
     """Show scheme, shape, size and error of every tensor of a compressed directory.
 
@@ -303,15 +214,15 @@ def inspect(out: Path, as_json: bool) -> None:
     if not (out / "report.json").exists():
         raise ValueError(f"{out}: no report.json, so it was not written by `compress quantize`")
     report = read_report(out)
-    _emit(report.to_dict(), as_json)
+    console.emit(report.to_dict(), as_json)
     shown = [tables.scores(report.evaluation)] if report.evaluation else []
-    _table(tables.tensors(report.tensors), tables.run(report), *shown)
+    console.show(tables.tensors(report.tensors), tables.run(report), *shown)
 
 
 @main.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--against", metavar="MODEL", help="Also decode every tensor and compare it with the original.")
-@reports
+@console.reports
 def verify(out: Path, against: str | None, as_json: bool) -> None:
     """Check every byte of a compressed directory against its manifest.
 
@@ -328,14 +239,14 @@ def verify(out: Path, against: str | None, as_json: bool) -> None:
 
         lines = [vars(line) for line in compare(out, local_directory(against))]
         problems += [f"{line['name']}: {line['problem']}" for line in lines if line["problem"]]
-    _emit({"ok": not problems, "problems": problems, "tensors": lines}, as_json)
+    console.emit({"ok": not problems, "problems": problems, "tensors": lines}, as_json)
     for line in lines:
         same = "equal" if line["equal"] else f"relative error {line['relative_error']:.5f}"
         click.echo(f"{line['name']}: {line['action']}, {same}", err=True)
     for problem in problems:
         click.echo(f"Error: {problem}", err=True)
     if problems:
-        sys.exit(FAILED)
+        sys.exit(console.FAILED)
     click.echo(f"{out} is as it was written", err=True)
 
 
@@ -344,7 +255,7 @@ def verify(out: Path, against: str | None, as_json: bool) -> None:
 @click.option("--to", "form", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True)
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, help="Directory to write.")
 @click.option("--overwrite", is_flag=True, help="Replace the output, when the new one is complete.")
-@reports
+@console.reports
 def export(model: str, form: str, out: Path, overwrite: bool, as_json: bool) -> None:
     """Write a compressed MODEL as a plain checkpoint that anything loads.
 
@@ -354,22 +265,22 @@ def export(model: str, form: str, out: Path, overwrite: bool, as_json: bool) -> 
     from compress.export import export as run
     from compress.hub import local_directory
 
-    with _progress() as progress:
+    with console.progress() as progress:
         run(local_directory(model), out, form, overwrite, progress=progress)
-    _emit({"wrote": str(out), "form": form}, as_json)
+    console.emit({"wrote": str(out), "form": form}, as_json)
     click.echo(f"Wrote {out}", err=True)
 
 
 @main.command()
-@reports
+@console.reports
 def schemes(as_json: bool) -> None:
     """List every scheme: what it is, its options, their defaults and allowed values."""
     from compress import tables
     from compress.registry import describe
 
     described = [describe(name) for name in SCHEMES]
-    _emit(described, as_json)
-    _table(*map(tables.scheme, described))
+    console.emit(described, as_json)
+    console.show(*map(tables.scheme, described))
 
 
 if __name__ == "__main__":

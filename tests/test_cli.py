@@ -12,7 +12,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from compress import __version__
-from compress.cli import BAD_INPUT, FAILED, INTERRUPTED, main, reports
+from compress.cli import main
+from compress.console import BAD_INPUT, FAILED, INTERRUPTED, reports
 from compress.formats.shard import ShardWriter
 from compress.registry import SCHEMES
 
@@ -164,3 +165,8 @@ def test_ctrl_c_is_one_line_and_the_same_command_goes_on(
     assert not out.exists()
     assert run(*command).exit_code == 0
     assert next(out.glob("*-00001-*.safetensors")).stat().st_ino == first  # not written a second time
+
+
+def test_an_option_of_the_run_is_no_option_of_the_scheme() -> None:
+    result = CliRunner().invoke(main, ["plan", "nowhere", "--set", "seed=1"])
+    assert result.exit_code == BAD_INPUT and "int4 has no option 'seed'" in result.stderr
