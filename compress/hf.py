@@ -84,10 +84,9 @@ class CompressQuantizer(HfQuantizer):
         _ignore_when_loading(model, Structure(model, ()), ours)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        device = model.device
         for name, linear in self._loaded.items():
             for local, stored in self._locals[name].items():
-                linear.fill(local, self._checkpoint.read(stored).clone().to(device))
+                linear.fill(local, self._checkpoint.read(stored))  # on the device that transformers chose
                 self._checkpoint.release(stored)
             linear._non_persistent_buffers_set.clear()
         return model

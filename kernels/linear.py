@@ -41,8 +41,10 @@ class CompressedLinear(nn.Module):
         return {name: self._buffers[_attribute(name)] for name in self.local_names}  # type: ignore[misc]
 
     def fill(self, name: str, tensor: Tensor) -> None:
-        """Puts a loaded tensor in the place of the local tensor `name`."""
-        setattr(self, _attribute(name), tensor)
+        """Puts a copy of a loaded tensor where the local tensor `name` lies; one on "meta" is made on the CPU."""
+        current = self.tensors()[name]
+        device = "cpu" if current.is_meta else current.device
+        setattr(self, _attribute(name), tensor.to(device, copy=True))
 
     @property
     def weight(self) -> Tensor:
