@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= passive
 
 .PHONY: demo test lint format clean
 
-demo: .venv/stamp
+demo: .venv/stamp .venv/kernels
 	@$(BIN)/python benchmarks/demo.py $(if $(MODEL),"$(MODEL)")
 
 test: lint
@@ -16,13 +16,18 @@ test: lint
 
 # mypy reads an installed wheel, because it cannot follow the mapped folders of an editable install. The old build/ goes
 # first: setuptools would pack the deleted modules that it still finds there.
-lint: .venv/stamp
+lint: .venv/stamp .venv/kernels
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@rm -rf build
 	@$(PIP) wheel -qq --no-deps --no-build-isolation -w build .
 	@$(PIP) install -qq --no-deps --no-compile --target $(TYPED) build/*.whl
 	cd $(TYPED) && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p compress
+
+# numba caches compiled loops by the file that defines them, and does not see when a file they call has changed.
+.venv/kernels: .venv/stamp $(wildcard compress/*.py formats/*.py kernels/*.py)
+	@rm -f */__pycache__/*.nbi */__pycache__/*.nbc
+	@touch $@
 
 format: .venv/stamp
 	$(BIN)/ruff check --fix .

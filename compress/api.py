@@ -66,7 +66,7 @@ def evaluate(model: str | Path, reference: str | Path | None = None, **how: Any)
 
 def encode(weight: Tensor, scheme: str = "int4", **options: Any) -> Tensors:
     """weight: (out_features, in_features), bfloat16, float16 or float32. Returns the tensors stored, by local name."""
-    return _fitted(weight, scheme, options).encode(weight)
+    return _fitted(weight, scheme, options).encode(weight.cpu())
 
 
 def decode(tensors: Tensors, scheme: str = "int4", **options: Any) -> Tensor:
@@ -82,7 +82,7 @@ def linear(weight: Tensor, scheme: str = "int4", bias: Tensor | None = None, **o
     """A module that computes x @ weight.T + bias from the packed weight."""
     fitted = _fitted(weight, scheme, options)
     parameter = None if bias is None else nn.Parameter(bias, requires_grad=False)
-    return CompressedLinear(fitted, (weight.shape[0], weight.shape[1]), fitted.encode(weight), parameter)
+    return CompressedLinear(fitted, (weight.shape[0], weight.shape[1]), fitted.encode(weight.cpu()), parameter)
 
 
 def _fitted(weight: Tensor, scheme: str, options: dict[str, Any]) -> Scheme:

@@ -38,12 +38,21 @@ def _split(tasks: str) -> tuple[str, ...]:
 def scheme_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What `quantize` and `plan` share: the scheme, its options, and which modules it takes."""
     for option in (
-        click.option("--exclude", multiple=True, metavar="RULE", help="Leave these modules as they are."),
-        click.option("--include", multiple=True, metavar="RULE", help="Take these modules only."),
+        click.option(
+            "--exclude",
+            multiple=True,
+            metavar="RULE",
+            help="Leave these modules as they are: a name or its tail, or re:REGEX.",
+        ),
+        click.option(
+            "--include", multiple=True, metavar="RULE", help="Take these modules only: a name or its tail, or re:REGEX."
+        ),
         click.option(
             "--recipe", type=click.Path(path_type=Path), help="YAML list of rules, each with match and scheme."
         ),
-        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="An option of the scheme."),
+        click.option(
+            "--set", "settings", multiple=True, metavar="KEY=VALUE", help="An option; `compress schemes` lists them."
+        ),
         click.option(
             "--scheme", default="int4", show_default=True, metavar="NAME", help=f"One of {', '.join(SCHEMES)}."
         ),
@@ -59,7 +68,12 @@ def scoring_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--batch-size", type=click.IntRange(1), help="Windows and requests at a time."),
         click.option("--limit", type=click.IntRange(1), help="At most so many windows, and items of a task."),
         click.option("--window", type=click.IntRange(2), help="Tokens; the default is the context, at most 2048."),
-        click.option("--text", multiple=True, metavar="SRC", help="builtin, a .txt or .jsonl file, or a dataset id."),
+        click.option(
+            "--text",
+            multiple=True,
+            metavar="SRC",
+            help="A .txt or .jsonl file, a dataset id, or builtin (default).",
+        ),
         click.option("--include-path", type=click.Path(), help="Directory of your own lm-eval task files."),
         click.option("--tasks", default="builtin_cloze", show_default=True, help="lm-eval tasks, or '' for none."),
     ):
@@ -86,7 +100,7 @@ def main() -> None:
 @click.option("--seed", default=0, show_default=True, help="Recorded with the result; nothing here is random yet.")
 @click.option("--eval/--no-eval", "score", default=True, help="Score the result against the original.")
 @scoring_options
-@click.option("--shard-size", default="5GB", show_default=True, help="Largest output file.")
+@click.option("--shard-size", default="5GB", show_default=True, help="Largest output file: bytes, 5GB or 5GiB.")
 @click.option("--overwrite", is_flag=True, help="Replace the output, when the new one is complete.")
 @console.reports
 def quantize(
@@ -105,7 +119,9 @@ def quantize(
     as_json: bool,
     **scoring: Any,
 ) -> None:
-    """Compress MODEL (a directory or hub id), then score the result.
+    """Compress MODEL, then score the result.
+
+    MODEL is a directory or a hub id.
 
     \b
     compress quantize meta-llama/Llama-3.2-1B --scheme int4 -o OUT
@@ -116,6 +132,8 @@ def quantize(
     from compress.recipe import Rules
     from compress.run import Options, Scoring, run
 
+    if not model or not out.name:
+        raise ValueError("MODEL and --output need a name")
     if calibration is not None:
         _refuse_calibration(scheme, calibration)
     how = Scoring(**_scoring(scoring)) if score else None
@@ -155,7 +173,9 @@ def plan(
     exclude: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Predict the size of every tensor of a compressed MODEL, reading headers only.
+    """Predict every tensor's size, from headers.
+
+    The table goes to stderr, as all text for people does; --json goes to stdout.
 
     \b
     compress plan MODEL --scheme int4 --set group_size=32
@@ -181,7 +201,9 @@ def plan(
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Also write the scores to this file.")
 @console.reports
 def evaluate(model: str, reference: str | None, out: Path | None, as_json: bool, **scoring: Any) -> None:
-    """Score MODEL, compressed or not: perplexity, bits per byte, lm-eval tasks.
+    """Score MODEL, compressed or not.
+
+    Perplexity, bits per byte and lm-eval tasks; with --reference also KL divergence.
 
     \b
     compress eval OUT --reference MODEL --tasks hellaswag,arc_easy --limit 200
@@ -190,6 +212,8 @@ def evaluate(model: str, reference: str | None, out: Path | None, as_json: bool,
     from compress.api import evaluate as run
     from compress.formats.files import write_text
 
+    if out and not out.resolve().parent.is_dir():
+        raise ValueError(f"output {out}: {out.resolve().parent} is no directory")
     with console.progress() as progress:
         evaluation = run(model, reference, **_scoring(scoring), progress=progress).to_dict()
     console.emit(evaluation, as_json)
@@ -203,7 +227,7 @@ def evaluate(model: str, reference: str | None, out: Path | None, as_json: bool,
 @click.argument("out", type=click.Path(path_type=Path))
 @console.reports
 def inspect(out: Path, as_json: bool) -> None:
-    """Show scheme, shape, size and error of every tensor of a compressed directory.
+    """Show scheme, size and error of every tensor.
 
     \b
     compress inspect OUT
@@ -211,6 +235,8 @@ def inspect(out: Path, as_json: bool) -> None:
     from compress import tables
     from compress.run import read_report
 
+    if not out.is_dir():
+        raise ValueError(f"{out} does not exist, or is no directory")
     if not (out / "report.json").exists():
         raise ValueError(f"{out}: no report.json, so it was not written by `compress quantize`")
     report = read_report(out)
@@ -224,7 +250,7 @@ def inspect(out: Path, as_json: bool) -> None:
 @click.option("--against", metavar="MODEL", help="Also decode every tensor and compare it with the original.")
 @console.reports
 def verify(out: Path, against: str | None, as_json: bool) -> None:
-    """Check every byte of a compressed directory against its manifest.
+    """Check every byte against the manifest.
 
     \b
     compress verify OUT --against MODEL
@@ -252,12 +278,19 @@ def verify(out: Path, against: str | None, as_json: bool) -> None:
 
 @main.command()
 @click.argument("model")
-@click.option("--to", "form", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True)
+@click.option(
+    "--to",
+    "form",
+    type=click.Choice(["bf16", "fp16", "fp32"]),
+    default="bf16",
+    show_default=True,
+    help="What to write.",
+)
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, help="Directory to write.")
 @click.option("--overwrite", is_flag=True, help="Replace the output, when the new one is complete.")
 @console.reports
 def export(model: str, form: str, out: Path, overwrite: bool, as_json: bool) -> None:
-    """Write a compressed MODEL as a plain checkpoint that anything loads.
+    """Write a compressed MODEL as a plain one.
 
     \b
     compress export OUT --to bf16 -o PLAIN
@@ -274,7 +307,7 @@ def export(model: str, form: str, out: Path, overwrite: bool, as_json: bool) -> 
 @main.command()
 @console.reports
 def schemes(as_json: bool) -> None:
-    """List every scheme: what it is, its options, their defaults and allowed values."""
+    """List schemes and their options."""
     from compress import tables
     from compress.registry import describe
 

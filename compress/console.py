@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ def reports(command: Callable[..., Any]) -> Callable[..., Any]:
         except (click.ClickException, click.exceptions.Exit):
             raise
         except KeyboardInterrupt:
-            _fail("interrupted; the same command goes on from what was finished", INTERRUPTED, debug)
+            _fail("interrupted; quantize and export go on from what was finished when run again", INTERRUPTED, debug)
         except ValueError as error:
             _fail(str(error), BAD_INPUT, debug)
         except OSError as error:
@@ -58,7 +59,8 @@ def show(*tables: Any) -> None:
     """Prints tables for people, on stderr."""
     from rich.console import Console
 
-    console = Console(stderr=True)
+    # Not wrapped where no one looks: a name stays on one line for grep.
+    console = Console(stderr=True, width=None if sys.stderr.isatty() or "COLUMNS" in os.environ else 160)
     for table in tables:
         console.print(table)
         console.print()

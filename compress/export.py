@@ -74,6 +74,13 @@ def _write(job: Job, source: Source, dtype: torch.dtype, shard_bytes: int, progr
     config["dtype"] = str(dtype).removeprefix("torch.")
     write_text(job.checkpoint / "config.json", json.dumps(config, indent=2) + "\n")
     copy_side_files(source.path, job.checkpoint)
+    if (source.path / "compress.json").exists():  # its card tells of packed weights
+        note = f"The weights of `{source.path.name}`, decoded by `compress export --to {_name(dtype)}`.\n"
+        write_text(job.checkpoint / "README.md", f"# {source.path.name}\n\n{note}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 def _target(spec: Spec, dtype: torch.dtype) -> torch.dtype:

@@ -49,7 +49,9 @@ class Fp8(Scheme):
     def decode(self, tensors: Tensors) -> Tensor:
         weight, scales = tensors["weight"], tensors["weight_scale"]
         block = self._block((weight.shape[0], weight.shape[1]))
-        return decode.e4m3(weight, scales.view(-(-weight.shape[0] // block[0]), -1), block)
+        return decode.e4m3(
+            weight, scales.reshape(-(-weight.shape[0] // block[0]), -(-weight.shape[1] // block[1])), block
+        )
 
     @property
     def interchange(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
 
 from compress import planning
-from compress.formats.checkpoint import Checkpoint
+from compress.formats.checkpoint import Checkpoint, weight_files
 from compress.kernels.experts import CompressedExperts
 from compress.kernels.linear import CompressedLinear, meta
 from compress.scheme import Spec
@@ -164,8 +164,18 @@ def _replace_experts(
 
 def _ignore_when_loading(model: PreTrainedModel, structure: Structure, names: set[str]) -> None:
     targets = names | {structure.target(name)[0] for name in names}
-    patterns = {f"^{re.escape(name)}$" for name in targets}
+    # Numbers as one pattern: transformers searches all of them for every tensor of the checkpoint.
+    patterns = {"^" + re.sub(r"\d+", r"\\d+", re.escape(name)) + "$" for name in targets}
     model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | patterns
+
+
+def check_device(device: str | torch.device | None) -> None:
+    """Raises ValueError for a device that this machine or this torch does not have."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0].split(":")[0]
+        raise ValueError(f"device {device} cannot be used here: {reason}; cpu always can") from None
 
 
 def load(path: str | Path, device: str | torch.device | None = None) -> PreTrainedModel:
@@ -174,12 +184,16 @@ def load(path: str | Path, device: str | torch.device | None = None) -> PreTrain
     Raises ValueError where the directory is no checkpoint or compressed in a way unknown to us and to transformers.
     """
     path = Path(path)
+    check_device(device)
+    weight_files(path)  # transformers would open a pickle where there is no safetensors file
     config = read_config(path)
     quantization = getattr(config, "quantization_config", None)
     if quantization and _ours(quantization):
         config.quantization_config = {"quant_method": METHOD, "run": quantization}
     with _no_progress_bar():
-        model: PreTrainedModel = model_class(config).from_pretrained(path, config=config, dtype="auto")
+        model: PreTrainedModel = model_class(config).from_pretrained(
+            path, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False
+        )
     if device is not None:
         torch.nn.Module.to(model, device)
     model.eval()
@@ -202,7 +216,7 @@ def _ours(quantization: Mapping[str, Any]) -> bool:
     """Whether our kernels run it; compressed-tensors with quantized activations, say, are left to that package."""
     try:
         planning.from_config(quantization, ())
-    except ValueError:
+    except (AttributeError, KeyError, TypeError, ValueError):
         return False
     return True
 

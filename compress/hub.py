@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-OTHER_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.tflite", "*.ot"]
+from compress.layout import OTHER_WEIGHTS
 
 
 def local_directory(model: str | Path) -> Path:
@@ -24,7 +24,12 @@ def local_directory(model: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(model), ignore_patterns=OTHER_WEIGHTS))
+        path = Path(snapshot_download(str(model), ignore_patterns=[f"*{suffix}" for suffix in OTHER_WEIGHTS]))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        reason = re.split(r"(?<=[.:])\s", str(error).strip())[0]  # the first sentence
-        raise ValueError(f"{model} is no directory here, and the hub does not give it: {reason}") from None
+        reason = re.split(r"(?<=\.)\s|\n", str(error).strip())[0].removesuffix(".")  # the first sentence
+        how = "check the name, and the network"
+        raise ValueError(f"{model} is no directory here, and the hub does not give it ({reason}); {how}") from None
+    if not any(path.glob("*.safetensors")):
+        how = f"AutoModelForCausalLM.from_pretrained({str(model)!r}).save_pretrained(DIR)"
+        raise ValueError(f"{model}: the hub has no safetensors file of it; convert it first: {how}")
+    return path

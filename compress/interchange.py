@@ -14,7 +14,9 @@ from compress.scheme import Scheme
 VERSION = "0.20.0"
 
 
-def write(schemes: Mapping[str, Scheme], ignore: Iterable[str], dense: bool) -> dict[str, Any]:
+def write(
+    schemes: Mapping[str, Scheme], paths: Mapping[str, str], ignore: Iterable[str], dense: bool
+) -> dict[str, Any]:
     """The `quantization_config` of modules that all have a compressed-tensors form.
 
     ignore: linear modules that stay as they are. dense: see `Plan`.
@@ -24,7 +26,7 @@ def write(schemes: Mapping[str, Scheme], ignore: Iterable[str], dense: bool) -> 
     for i, scheme in enumerate(distinct):
         form = scheme.interchange
         assert form is not None
-        targets = ["Linear"] if len(distinct) == 1 else [m for m, s in schemes.items() if s == scheme]
+        targets = ["Linear"] if len(distinct) == 1 else [paths.get(m, m) for m, s in schemes.items() if s == scheme]
         groups[f"group_{i}"] = {
             "targets": targets,
             "format": form["format"],
@@ -45,6 +47,8 @@ def write(schemes: Mapping[str, Scheme], ignore: Iterable[str], dense: bool) -> 
         # Ours: `import compress.hf` runs such a checkpoint on our kernels. Others ignore the key.
         "compress": {"version": 1},
     }
+    if len(distinct) > 1:  # by stored name: targets are names in the model, which transformers may have changed
+        config["compress"] = {"version": 1, "modules": {m: distinct.index(s) for m, s in schemes.items()}}
     if needs_dequantize(distinct, dense):
         # transformers reads these two only when it decodes while loading; others ignore the key.
         config["dequantize"] = True
@@ -78,6 +82,9 @@ def read(config: Mapping[str, Any], stored: Iterable[str]) -> dict[str, Scheme]:
     stored: the names of its tensors. Raises ValueError for what is not weight-only int or fp8.
     """
     groups = [(group["targets"], _scheme(group)) for group in config.get("config_groups", {}).values()]
+    ours = config.get("compress", {}).get("modules")
+    if ours:
+        return {module: groups[number][1] for module, number in ours.items()}
     names = set(stored)
     modules = [name.rpartition(".")[0] for name in sorted(names) if name.endswith(".weight_scale")]
     schemes = {}
@@ -93,12 +100,11 @@ def read(config: Mapping[str, Any], stored: Iterable[str]) -> dict[str, Scheme]:
 
 def read_fp8(config: Mapping[str, Any], stored: Iterable[str]) -> dict[str, Scheme]:
     """module -> Scheme for transformers' own `fp8` checkpoints: E4M3 with `weight_scale_inv` per 128x128 block."""
-    size = config.get("weight_block_size") or [128, 128]
-    if list(size) != [128, 128]:
-        raise ValueError(f"quantization_config: weight_block_size {size} is not supported, only [128, 128]")
-    return {
-        name.removesuffix(".weight_scale_inv"): Fp8("block") for name in stored if name.endswith(".weight_scale_inv")
-    }
+    size = config.get("weight_block_size", [128, 128])
+    if size not in (None, [128, 128]):
+        raise ValueError(f"quantization_config: weight_block_size {size} is not supported, only [128, 128] and none")
+    scheme = Fp8("block" if size else "tensor")
+    return {name.removesuffix(".weight_scale_inv"): scheme for name in stored if name.endswith(".weight_scale_inv")}
 
 
 def _matches(target: str, module: str) -> bool:

@@ -15,7 +15,7 @@ from compress.scheme import Spec
 from compress.source import Source
 
 SHARD_BYTES = 5_000_000_000
-OTHER_WEIGHTS = {*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".tflite", ".npz"}
+OTHER_WEIGHTS = (*PICKLES, ".gguf", ".h5", ".msgpack", ".onnx", ".tflite", ".npz", ".ot")
 OWN_FILES = {"config.json", INDEX, "compress.json", "report.json", "README.md"}
 
 
@@ -91,11 +91,16 @@ def copy_side_files(model: Path, out: Path) -> None:
     for path in sorted(model.rglob("*")):
         relative = path.relative_to(model)
         hidden = any(part.startswith(".") for part in relative.parts)
-        if not path.is_file() or hidden or path.suffix in OTHER_WEIGHTS or relative.as_posix() in OWN_FILES:
+        if (
+            not path.is_file()
+            or hidden
+            or path.suffix in (".safetensors", *OTHER_WEIGHTS)
+            or relative.as_posix() in OWN_FILES
+        ):
             continue
         if path.name.endswith(".index.json") and path.name.split(".")[-3] in ("safetensors", "bin"):
             continue
         (out / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, out / relative)
-    if (model / "README.md").exists():
+    if (model / "README.md").exists() and not (model / "compress.json").exists():  # else it is a card of ours
         shutil.copyfile(model / "README.md", out / "README.original.md")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -49,6 +50,7 @@ class Written:
     shards: dict[str, str]
     source_sha256: dict[str, list[str]]
     reports: list[dict[str, Any]]
+    seconds: float  # in all runs that had a part in it
 
 
 def write(
@@ -63,7 +65,7 @@ def write(
     layout = shards(units(source, plan, tied), shard_bytes)
     job.check_room(sum(unit.bytes for group in layout.values() for unit in group))
     records: dict[str, dict[str, Any]] = {}
-    headers, hashes, reports = {}, {}, []
+    headers, hashes, reports, seconds = {}, {}, [], 0.0
     for file, group in layout.items():
         done = job.recall(file)
         if done is None:
@@ -76,6 +78,7 @@ def write(
         headers[file] = done["header_sha256"]
         hashes.update(done["source_sha256"])
         reports += done["reports"]
+        seconds += done["seconds"]
     if len(layout) > 1:
         names = {name: record["file"] for name, record in records.items()}
         write_index(job.checkpoint, names, sum(record["bytes"] for record in records.values()))
@@ -84,7 +87,7 @@ def write(
         config["quantization_config"] = plan.to_config()
     write_text(job.checkpoint / "config.json", json.dumps(config, indent=2) + "\n")
     copy_side_files(source.path, job.checkpoint)
-    return Written(records, headers, hashes, reports)
+    return Written(records, headers, hashes, reports, seconds)
 
 
 def _write_shard(
@@ -93,6 +96,7 @@ def _write_shard(
     announced = [(name, spec.dtype, spec.shape) for unit in group for name, spec in unit.specs.items()]
     hashes: dict[str, list[str]] = {}
     reports: list[dict[str, Any]] = []
+    started = time.monotonic()
     with ShardWriter(path, announced) as writer, ThreadPoolExecutor(1) as pool:
         for unit in group:
             hashing = pool.submit(_source_hashes, source, unit.source)  # beside the encoding
@@ -106,6 +110,7 @@ def _write_shard(
         "header_sha256": writer.header_sha256,
         "source_sha256": hashes,
         "reports": reports,
+        "seconds": time.monotonic() - started,
     }
 
 
@@ -133,6 +138,8 @@ def _write_module(writer: ShardWriter, source: Source, plan: Plan, module: str) 
     tensors = packed.scheme.encode(weight)
     shape = (weight.shape[0], weight.shape[1])
     planned = plan.stored_specs(module, Spec(weight.dtype, shape))
+    if tensors.keys() != planned.keys():
+        raise RuntimeError(f"{module}: planned {sorted(planned)}, made {sorted(tensors)}")
     size = 0
     for local, (name, spec) in planned.items():
         tensor = tensors[local]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from compress import interchange
 from compress.registry import did_you_mean, make
@@ -67,8 +70,7 @@ class Plan:
         """The `quantization_config` of config.json."""
         schemes = {module: packed.scheme for module, packed in self.modules.items()}
         if self.interchange:
-            named = {self.paths.get(module, module): scheme for module, scheme in schemes.items()}
-            return interchange.write(named, self.ignore, self.dense)
+            return interchange.write(schemes, self.paths, self.ignore, self.dense)
         distinct = list(dict.fromkeys(schemes.values()))
         return {
             "quant_method": "compress",
@@ -134,6 +136,18 @@ def _check_whole(module: str, scheme: Scheme, specs: Mapping[str, Spec]) -> None
         missing = [error.args[0]]
     if missing:
         raise ValueError(f"{module}: no {missing[0]} is stored, so the checkpoint is incomplete; download it again")
+    for local, wanted in scheme.specs((rows, columns), original.dtype).items():
+        if not _fits(specs[local], wanted):
+            raise ValueError(f"{module}.{local} is {specs[local]}, and {scheme.name} needs {wanted}; download it again")
+
+
+def _fits(found: Spec, wanted: Spec) -> bool:
+    """The same shape and dtype; but others write one scale as () or (1, 1), and an integer in another width."""
+    if math.prod(found.shape) != math.prod(wanted.shape):
+        return False
+    if len(found.shape) == len(wanted.shape) and found.shape != wanted.shape:
+        return False
+    return found.dtype == wanted.dtype or wanted.dtype == torch.int64
 
 
 def resolve(structure: Structure, specs: Mapping[str, Spec], rules: Sequence[Rule], scheme: Scheme) -> Plan:
@@ -152,7 +166,7 @@ def resolve(structure: Structure, specs: Mapping[str, Spec], rules: Sequence[Rul
             counts[i] += 1
         chosen = rules[hits[0]].scheme if hits else (None if linear.head or linear.router else scheme)
         spec = specs[linear.source]
-        if chosen is None or 0 in spec.shape or not spec.dtype.is_floating_point:
+        if chosen is None or 0 in spec.shape or spec.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             left.append(name)
             continue
         shape = matrix_shape(linear, spec)
@@ -193,8 +207,8 @@ def _check_rules(rules: Sequence[Rule], counts: Mapping[int, int], linears: Mapp
             tails = [*linears, *{name.rpartition(".")[2] for name in linears}]
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none"
             raise ValueError(
-                f"{rule.origin}: {rule.pattern!r} matches no linear module{did_you_mean(rule.pattern, tails)}; "
-                f"their names end in {known}"
+                f"{rule.origin}: '{rule.pattern}' matches no linear module{did_you_mean(rule.pattern, tails)}; "
+                f"their names end in {known} (a head that is tied to the embedding is none)"
             )
 
 

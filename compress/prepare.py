@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compress import hub
 from compress.layout import tied_copies, units
 from compress.pipeline import TensorReport
@@ -44,8 +46,9 @@ class Prepared:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         self.structure = Structure(build(config), self.source.specs)
-        self.plan = resolve(self.structure, self.source.specs, ruled, self.scheme)
         self.tied = tied_copies(self.source, self.structure.tied(), lambda name: self.structure.target(name)[0])
+        self.structure.leave_out(self.tied)
+        self.plan = resolve(self.structure, self.source.specs, ruled, self.scheme)
 
     def notes(self) -> list[str]:
         """What a user should know of the plan."""
@@ -54,6 +57,8 @@ class Prepared:
             alike.setdefault(note, []).append(module)
         notes = [f"{note} ({modules[0]}{_and_more(modules, 1)})" for note, modules in alike.items()]
         notes += [f"{copy}: tied to {kept}, stored once" for copy, kept in self.tied.items()]
+        if self.source.packed:
+            notes.append("the source is compressed already: sizes and errors are against its decoded weights")
         if self.plan.left:
             named = ", ".join(self.plan.left[:4]) + _and_more(self.plan.left, 4)
             notes.append(f"linear weights left as they are: {named}")
@@ -86,7 +91,9 @@ class Prepared:
         spec = self.source.specs[packed.source]
         shape = matrix_shape(packed, spec)
         copies = 1 + packed.transposed + self.source.is_packed(packed.source)
-        return copies * math.prod(shape) * spec.dtype.itemsize + packed.scheme.bytes(shape, spec.dtype)
+        size = copies * math.prod(shape) * spec.dtype.itemsize + packed.scheme.bytes(shape, spec.dtype)
+        # float16 is encoded and decoded by way of a float32 copy
+        return size + (4 * math.prod(shape) if spec.dtype == torch.float16 else 0)
 
 
 def _and_more(names: Sequence[str], shown: int) -> str:

@@ -44,7 +44,7 @@ def read_recipe(path: Path) -> list[Rule]:
         items = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"recipe {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(items, list):
         raise ValueError(

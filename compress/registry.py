@@ -86,7 +86,7 @@ def _parse(where: str, value: Any, hint: Any) -> Any:
             raise ValueError(f"{where} is {value!r}; give true or false")
         return known[str(value).lower()]
     try:
-        if isinstance(value, bool):  # Python would take it for 0 or 1
+        if isinstance(value, bool) or (isinstance(value, float) and hint is int):  # int() would take either
             raise TypeError
         return hint(value)
     except (TypeError, ValueError):

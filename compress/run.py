@@ -57,7 +57,6 @@ class Options:
 
 def run(prepared: Prepared, model: str, out: Path, options: Options, progress: Progress | None = None) -> Report:
     """Carries a plan out, or goes on with it after an interruption. Returns what report.json says."""
-    started = time.monotonic()
     check_apart(out, prepared.path)
     if options.scoring:
         check(prepared.path, **asdict(options.scoring))  # now, not after hours of compressing
@@ -69,8 +68,9 @@ def run(prepared: Prepared, model: str, out: Path, options: Options, progress: P
         if not job.finished:
             written = _write(job, prepared, options, progress)
             peak = peak_rss_bytes()  # of the compression: scoring holds a whole model
-            evaluation = _score(job, prepared, options, progress)
-            _seal(job, prepared, recipe, options, written, evaluation, (time.monotonic() - started, peak))
+            scored = _score(job, prepared, options, progress)
+            seconds = written.seconds + (scored["seconds"] if scored else 0.0)
+            _seal(job, prepared, recipe, options, written, scored["scores"] if scored else None, (seconds, peak))
         job.finish()
     return read_report(out)
 
@@ -129,20 +129,21 @@ def _write(job: Job, prepared: Prepared, options: Options, progress: Progress | 
 
 
 def _score(job: Job, prepared: Prepared, options: Options, progress: Progress | None) -> dict[str, Any] | None:
+    """The scores and the seconds they took, in this run or in the one that was interrupted."""
     if options.scoring is None:
         return None
     how = asdict(options.scoring)
     known = job.recall("evaluation")
     if known is None or known["how"] != json.loads(json.dumps(how)):
+        started = time.monotonic()
         try:
             scores = evaluate(job.checkpoint, prepared.path, **how, progress=progress).to_dict()
         except ValueError as error:
             kept = f"the weights are done and kept in {job.partial}: the same command scores them, --no-eval does not"
             raise ValueError(f"{error}; {kept}") from error
-        known = {"how": how, "scores": scores}
+        known = {"how": how, "scores": scores, "seconds": time.monotonic() - started}
         job.note("evaluation", known)
-    evaluation: dict[str, Any] = known["scores"]
-    return evaluation
+    return known
 
 
 def _seal(
@@ -176,7 +177,6 @@ def _seal(
         "ledger": _ledger(prepared, written),
         "tensors": written.records,
         "files": manifest.describe_files(job.checkpoint, written.shards),
-        "report": True,
     }
     write_text(job.checkpoint / manifest.NAME, manifest.seal(document))
 

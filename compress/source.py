@@ -29,10 +29,12 @@ class Source:
         self.locals: dict[str, dict[str, str]] = {}
         quantization = self.config.get("quantization_config")
         if quantization:
+            if not isinstance(quantization, dict):
+                raise ValueError(f"{path}/config.json: quantization_config is not a JSON object")
             try:
                 self.packed = planning.from_config(quantization, self.stored)
                 self.locals = planning.local_tensors(self.stored, self.packed)
-            except (KeyError, TypeError, IndexError) as error:
+            except (AttributeError, KeyError, TypeError, IndexError) as error:
                 raise ValueError(f"{path}/config.json: quantization_config is not whole ({error!r})") from None
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
@@ -49,7 +51,10 @@ class Source:
             return self.decode(modules[index])
         if self.packed[modules[0]].index is None:
             return self.decode(modules[0])
-        return torch.stack([self.decode(module) for module in modules])
+        whole = torch.empty(self.specs[name].shape, dtype=self.specs[name].dtype)
+        for i, module in enumerate(modules):
+            whole[i] = self.decode(module)
+        return whole
 
     def identity(self) -> list[list[object]]:
         """Name, size and time of every file: what tells that a source is still the same."""
@@ -118,7 +123,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; a checkpoint directory has one") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not a JSON object")

@@ -8,8 +8,9 @@ each stored name ends in. A weight counts as linear when that parameter is the w
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,17 @@ from transformers.core_model_loading import (
 )
 from transformers.pytorch_utils import Conv1D
 
+# What a constructor raises for a config that does not fit, or for a package that it needs.
+BUILD_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 # What configs call the number of experts of a layer.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 
@@ -63,15 +75,17 @@ def build(config: PretrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model: PreTrainedModel = cls(config)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except BUILD_ERRORS as error:
         raise ValueError(f"config.json: {names[0]} cannot be built from it: {error}") from None
     return model
 
 
 def read_config(path: Any) -> PretrainedConfig:
     """AutoConfig of a checkpoint directory, as one ValueError where it cannot be read."""
+    if not Path(path).is_dir():
+        raise ValueError(f"{path} does not exist, or is no directory")
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(path)
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
         return config
     except (OSError, ValueError, LookupError, TypeError, AttributeError, StrictDataclassError) as error:
         first = str(error).strip().split("\n\n")[0]
@@ -92,6 +106,10 @@ class Structure:
         for name in names:
             for linear in self._linears_of(name):
                 self.linears[linear.module] = linear
+
+    def leave_out(self, sources: Container[str]) -> None:
+        """Drops the linears that are stored as one of `sources`, because another tensor stands for them."""
+        self.linears = {module: linear for module, linear in self.linears.items() if linear.source not in sources}
 
     def native_paths(self) -> list[str]:
         """Every `nn.Linear` of the model, stored or tied: what another loader would look at."""

@@ -14,18 +14,21 @@ from compress.sizes import show
 
 
 def tensors(lines: list[dict[str, Any]], most: int = 0) -> Table:
-    """A line per tensor; with `most`, only so many of the largest."""
+    """A line per tensor; with `most`, only so many: compressed ones first, the largest of them."""
     table = Table(box=None, pad_edge=False)
     table.add_column("tensor", overflow="fold")
     for heading in ("shape", "scheme", "size", "bits", "error"):
         table.add_column(heading, justify="right", no_wrap=heading != "shape")
-    shown = sorted(lines, key=lambda line: -line["bytes"])[:most] if most else lines
+    largest = sorted(lines, key=lambda line: (line["scheme"] is None, -line["bytes"]))
+    shown = largest[:most] if most else lines
     for line in shown:
         error = "" if line["relative_error"] is None else f"{line['relative_error']:.4f}"
         shape = "x".join(map(str, line["shape"]))
         table.add_row(
             line["name"], shape, line["scheme"] or "-", show(line["bytes"]), f"{line['bits_per_weight']:.3f}", error
         )
+    if len(shown) < len(lines):
+        table.add_row(f"and {len(lines) - len(shown)} more, which `compress inspect` shows", "", "", "", "", "")
     return table
 
 

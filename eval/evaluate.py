@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from compress.eval import fidelity, harness
 from compress.eval import text as texts
 from compress.eval.fidelity import Fidelity, Progress
 from compress.eval.harness import Metrics
-from compress.hf import load
+from compress.hf import check_device, load
+from compress.structure import read_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -119,6 +120,7 @@ def _prepare(
     device: str | None,
     progress: Progress | None,
 ) -> _Job:
+    check_device(device)
     config = _config(model)
     context = texts.context_length(config)
     window = texts.default_window(config) if window is None else window
@@ -163,12 +165,7 @@ def _beside(tasks: dict[str, Metrics], reference: dict[str, Metrics]) -> dict[st
 
 def _config(path: str | Path) -> "PretrainedConfig":
     """The config of a causal language model."""
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(path)
-    except OSError as error:
-        raise ValueError(f"{path}: no model there: {str(error).splitlines()[0]}") from error
-    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
-        return config
+    config = read_config(path)
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     causal = {name for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _several(names)}
     architectures = config.architectures or list(_several(known))
@@ -184,7 +181,7 @@ def _several(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 def _tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(

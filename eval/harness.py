@@ -117,7 +117,7 @@ def _manager(tasks: Sequence[str], ours: str, include_path: str | Path | None) -
     manager = TaskManager(include_path=folders)
     for task in tasks:
         if task not in manager.all_tasks:
-            near = difflib.get_close_matches(task, [*manager.all_tasks, CLOZE], n=3)
+            near = difflib.get_close_matches(task, sorted({*manager.all_tasks, CLOZE}), n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
             raise ValueError(f"task {task}: unknown; {hint}")
     return manager

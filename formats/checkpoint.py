@@ -123,7 +123,7 @@ def weight_files(path: Path) -> list[Path]:
     if index.exists():
         files = [path / file for file in sorted(set(_weight_map(index).values()))]
         for file in files:
-            if not file.exists():
+            if not file.is_file():
                 raise ValueError(f"{path}: shard {file.name} is missing, {INDEX} names it; download it again")
         return files
     files = [path / SINGLE] if (path / SINGLE).exists() else sorted(path.glob("*.safetensors"))
@@ -141,7 +141,7 @@ def weight_files(path: Path) -> list[Path]:
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{index}: not a safetensors index ({error}); download it again") from None
     if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_file_name, weight_map.values())):
         raise ValueError(f"{index}: weight_map must give a file of this directory for every tensor")
@@ -149,7 +149,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _is_file_name(value: object) -> bool:
-    return isinstance(value, str) and Path(value).name == value
+    return isinstance(value, str) and Path(value).name == value and value not in ("", "..")
 
 
 def _read_header(file: Path) -> dict[str, Entry]:

@@ -69,7 +69,7 @@ def verify(directory: Path) -> list[str]:
             unseal(directory / REPORT)
         except ValueError as error:
             problems.append(str(error))
-    elif manifest["report"]:
+    else:
         problems.append(f"{REPORT}: missing")
     for name, known in manifest["files"].items():
         problems += _check_file(directory / name, name, known, manifest["tensors"])

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.formats.bitpack import unpack
+from compress.formats.bitpack import packed_width, unpack
 from compress.formats.compiled import in_threads, jit
 
 _TABLE = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
@@ -26,6 +26,9 @@ def groups(packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, grou
     if packed.device.type != "cpu":
         return groups_torch(packed, scales, zeros, bits, group_size)
     rows, count = scales.shape
+    _check_shape("packed", packed, (rows, packed_width(count * group_size, bits)))
+    if zeros is not None:
+        _check_shape("zeros", zeros, (rows, count))
     offsets = torch.full((rows, count), 1 << (bits - 1), dtype=torch.uint8) if zeros is None else zeros.contiguous()
     source = packed.contiguous().numpy().view(np.uint8)
     arguments = (source, scales.float().numpy(), offsets.numpy(), bits, group_size)
@@ -49,6 +52,7 @@ def e4m3(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
     if weight.device.type != "cpu":
         return e4m3_torch(weight, scales, block)
     rows, columns = weight.shape
+    _check_shape("scales", scales, (-(-rows // block[0]), -(-columns // block[1])))
     arguments = (weight.contiguous().view(torch.uint8).numpy(), scales.float().numpy(), *block, _TABLE)
     return _run(_e4m3_rows, rows, columns, scales.dtype, arguments)
 
@@ -62,6 +66,12 @@ def e4m3_torch(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor
     if scales.shape[1] > 1:
         spread = spread.repeat_interleave(block[1], 1)[:, :columns]
     return (weight.float() * spread).to(scales.dtype)
+
+
+def _check_shape(name: str, tensor: Tensor, wanted: tuple[int, int]) -> None:
+    # The compiled loops do not check their bounds.
+    if tuple(tensor.shape) != wanted:
+        raise ValueError(f"{name}: the shape is {tuple(tensor.shape)}, and {wanted} is needed")
 
 
 def _run(loop: Any, rows: int, columns: int, dtype: torch.dtype, arguments: tuple[Any, ...]) -> Tensor:

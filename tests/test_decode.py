@@ -56,6 +56,17 @@ def test_threads_do_not_change_a_bit() -> None:
     assert torch.equal(decode.groups(packed, scales, None, 4, 128), one)
 
 
+def test_shapes_that_do_not_belong_together_are_refused() -> None:
+    packed, scales = torch.zeros(4, 4, dtype=torch.int32), torch.ones(4, 1)
+    for wrong in (packed[:1], torch.zeros(4, 1000, dtype=torch.int32)):
+        with pytest.raises(ValueError, match="packed: the shape is"):
+            decode.groups(wrong, scales, None, 4, 32)
+    with pytest.raises(ValueError, match="zeros: the shape is"):
+        decode.groups(packed, scales, torch.zeros(1, 1, dtype=torch.uint8), 4, 32)
+    with pytest.raises(ValueError, match="scales: the shape is"):
+        decode.e4m3(torch.zeros(4, 8, dtype=torch.float8_e4m3fn), torch.ones(1, 1), (1, 8))
+
+
 def test_empty_weights_decode_to_empty() -> None:
     assert decode.groups(torch.empty(0, 4, dtype=torch.int32), torch.empty(0, 1), None, 4, 32).shape == (0, 32)
-    assert decode.e4m3(torch.empty(0, 8, dtype=torch.float8_e4m3fn), torch.ones(1, 1), (1, 8)).shape == (0, 8)
+    assert decode.e4m3(torch.empty(0, 8, dtype=torch.float8_e4m3fn), torch.ones(0, 1), (1, 8)).shape == (0, 8)

@@ -121,5 +121,5 @@ def test_what_is_no_causal_language_model_is_refused(llama_dir: Path, tmp_path: 
     BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="BertForMaskedLM is not a causal language model"):
         evaluate(tmp_path)
-    with pytest.raises(ValueError, match="no model there"):
+    with pytest.raises(ValueError, match="does not exist"):
         evaluate(tmp_path / "nowhere")
