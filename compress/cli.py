@@ -64,7 +64,7 @@ def scheme_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def scoring_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What `quantize` and `eval` share: what is scored, and on what."""
     for option in (
-        click.option("--device", help="Where the models run, for example cuda; the default is the CPU."),
+        click.option("--device", help="Where models run; by default cuda where there is one, else cpu."),
         click.option("--batch-size", type=click.IntRange(1), help="Windows and requests at a time."),
         click.option("--limit", type=click.IntRange(1), help="At most so many windows, and items of a task."),
         click.option("--window", type=click.IntRange(2), help="Tokens; the default is the context, at most 2048."),

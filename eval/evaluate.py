@@ -120,6 +120,7 @@ def _prepare(
     device: str | None,
     progress: Progress | None,
 ) -> _Job:
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     config = _config(model)
     context = texts.context_length(config)
