@@ -75,7 +75,10 @@ def decode(tensors: Tensors, scheme: str = "int4", **options: Any) -> Tensor:
     if "weight_shape" in tensors:  # as `encode`, which may have taken a smaller group
         rows, columns = tensors["weight_shape"].tolist()
         made = made.fit((rows, columns))
-    return made.decode(tensors)
+    try:
+        return made.decode(tensors)
+    except KeyError as error:
+        raise ValueError(f"{scheme}: {error} is not among the tensors: {', '.join(tensors) or 'none'}") from None
 
 
 def linear(weight: Tensor, scheme: str = "int4", bias: Tensor | None = None, **options: Any) -> CompressedLinear:
@@ -86,6 +89,8 @@ def linear(weight: Tensor, scheme: str = "int4", bias: Tensor | None = None, **o
 
 
 def _fitted(weight: Tensor, scheme: str, options: dict[str, Any]) -> Scheme:
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"weight: a tensor is needed, not {type(weight).__name__}")
     if weight.dim() != 2 or weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(
             f"weight: a 2-D bfloat16, float16 or float32 tensor is needed, not {weight.dim()}-D {weight.dtype}"

@@ -62,6 +62,8 @@ class Prepared:
         if self.plan.left:
             named = ", ".join(self.plan.left[:4]) + _and_more(self.plan.left, 4)
             notes.append(f"linear weights left as they are: {named}")
+        if self.plan.modules and not self.plan.interchange:
+            notes.append("compressed-tensors has no form for this plan: it is written in our own layout")
         if not self.plan.modules:
             notes.append("no linear weight was found to compress: the result is a copy")
         return notes

@@ -28,7 +28,7 @@ def tensors(lines: list[dict[str, Any]], most: int = 0) -> Table:
             line["name"], shape, line["scheme"] or "-", show(line["bytes"]), f"{line['bits_per_weight']:.3f}", error
         )
     if len(shown) < len(lines):
-        table.add_row(f"and {len(lines) - len(shown)} more, which `compress inspect` shows", "", "", "", "", "")
+        table.add_row(f"{len(lines) - len(shown)} more: compress inspect", "", "", "", "", "")
     return table
 
 

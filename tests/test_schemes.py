@@ -157,6 +157,15 @@ def test_an_interchange_form_is_read_back_as_the_scheme(name: str) -> None:
         assert read.interchange == scheme.interchange
 
 
+def test_what_is_no_weight_or_no_encoding_is_refused() -> None:
+    with pytest.raises(ValueError, match="a tensor is needed, not list"):
+        compress.encode([1.0], "int4")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a 2-D bfloat16"):
+        compress.encode(torch.ones(3), "int4")
+    with pytest.raises(ValueError, match="'weight_packed' is not among the tensors: weight, weight_scale"):
+        compress.decode(compress.encode(gaussian((4, 32)), "fp8"), "int4")
+
+
 def _packed(scheme: Scheme):  # type: ignore[no-untyped-def]
     from compress.planning import Packed
 
