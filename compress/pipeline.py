@@ -79,6 +79,7 @@ def write(
         hashes.update(done["source_sha256"])
         reports += done["reports"]
         seconds += done["seconds"]
+    _check_written(layout, records)
     if len(layout) > 1:
         names = {name: record["file"] for name, record in records.items()}
         write_index(job.checkpoint, names, sum(record["bytes"] for record in records.values()))
@@ -88,6 +89,15 @@ def write(
     write_text(job.checkpoint / "config.json", json.dumps(config, indent=2) + "\n")
     copy_side_files(source.path, job.checkpoint)
     return Written(records, headers, hashes, reports, seconds)
+
+
+def _check_written(layout: dict[str, list[Unit]], records: dict[str, dict[str, Any]]) -> None:
+    """What was written is what was planned, tensor by tensor; anything else is a fault of ours."""
+    planned = {name: spec.bytes for group in layout.values() for unit in group for name, spec in unit.specs.items()}
+    written = {name: record["bytes"] for name, record in records.items()}
+    for name in sorted(planned.keys() | written.keys()):
+        if planned.get(name) != written.get(name):
+            raise RuntimeError(f"{name}: planned {planned.get(name)} bytes, wrote {written.get(name)}")
 
 
 def _write_shard(

@@ -111,6 +111,18 @@ def test_what_is_planned_is_what_is_written(tmp_path: Path, scheme: str) -> None
     assert report.parameters == weights + 2 * 128 * 64 + 5 * 64
 
 
+def test_a_run_that_would_write_something_else_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    LlamaForCausalLM(CONFIG).bfloat16().save_pretrained(tmp_path / "model")
+    honest = Fp8.encode
+    monkeypatch.setattr(Fp8, "encode", lambda self, weight: {**honest(self, weight), "extra": torch.ones(1)})
+    with pytest.raises(RuntimeError, match="planned .* made .*extra"):
+        compress.quantize(tmp_path / "model", tmp_path / "out", "fp8", scoring=None)
+    monkeypatch.setattr(Fp8, "encode", lambda self, weight: honest(Fp8("tensor"), weight))
+    with pytest.raises(RuntimeError, match="weight_scale: planned"):
+        compress.quantize(tmp_path / "model", tmp_path / "out", "fp8", scoring=None)
+    assert not (tmp_path / "out").exists()
+
+
 def _entries(path: Path):  # type: ignore[no-untyped-def]
     from compress.formats.checkpoint import Checkpoint
 
