@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from compress import __version__, console
+from compress import __version__, console, options
 from compress.registry import SCHEMES, did_you_mean
 
 
@@ -22,63 +21,6 @@ class _Group(click.Group):
         if args and args[0] not in self.commands and not args[0].startswith("-"):
             context.fail(f"no command {args[0]!r}{did_you_mean(args[0], self.commands)}")
         return super().resolve_command(context, args)
-
-
-def _settings(values: tuple[str, ...]) -> dict[str, str]:
-    for value in values:
-        if "=" not in value:
-            raise ValueError(f"--set {value}: write KEY=VALUE, for example --set group_size=64")
-    return dict(value.split("=", 1) for value in values)
-
-
-def _split(tasks: str) -> tuple[str, ...]:
-    return tuple(task.strip() for task in tasks.split(",") if task.strip())
-
-
-def scheme_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What `quantize` and `plan` share: the scheme, its options, and which modules it takes."""
-    for option in (
-        click.option(
-            "--exclude",
-            multiple=True,
-            metavar="RULE",
-            help="Leave these modules as they are: a name or its tail, or re:REGEX.",
-        ),
-        click.option(
-            "--include", multiple=True, metavar="RULE", help="Take these modules only: a name or its tail, or re:REGEX."
-        ),
-        click.option(
-            "--recipe", type=click.Path(path_type=Path), help="YAML list of rules, each with match and scheme."
-        ),
-        click.option(
-            "--set", "settings", multiple=True, metavar="KEY=VALUE", help="An option; `compress schemes` lists them."
-        ),
-        click.option(
-            "--scheme", default="int4", show_default=True, metavar="NAME", help=f"One of {', '.join(SCHEMES)}."
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-def scoring_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What `quantize` and `eval` share: what is scored, and on what."""
-    for option in (
-        click.option("--device", help="Where models run; by default cuda where there is one, else cpu."),
-        click.option("--batch-size", type=click.IntRange(1), help="Windows and requests at a time."),
-        click.option("--limit", type=click.IntRange(1), help="At most so many windows, and items of a task."),
-        click.option("--window", type=click.IntRange(2), help="Tokens; the default is the context, at most 2048."),
-        click.option(
-            "--text",
-            multiple=True,
-            metavar="SRC",
-            help="A .txt or .jsonl file, a dataset id, or builtin (default).",
-        ),
-        click.option("--include-path", type=click.Path(), help="Directory of your own lm-eval task files."),
-        click.option("--tasks", default="builtin_cloze", show_default=True, help="lm-eval tasks, or '' for none."),
-    ):
-        command = option(command)
-    return command
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
@@ -95,11 +37,11 @@ def main() -> None:
 @main.command()
 @click.argument("model")
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, help="Directory to write.")
-@scheme_options
+@options.scheme
 @click.option("--calibration", metavar="SRC", help="Calibration text, for schemes that use it.")
 @click.option("--seed", default=0, show_default=True, help="Recorded with the result; nothing here is random yet.")
 @click.option("--eval/--no-eval", "score", default=True, help="Score the result against the original.")
-@scoring_options
+@options.scoring
 @click.option("--shard-size", default="5GB", show_default=True, help="Largest output file: bytes, 5GB or 5GiB.")
 @click.option("--overwrite", is_flag=True, help="Replace the output, when the new one is complete.")
 @console.reports
@@ -136,21 +78,17 @@ def quantize(
         raise ValueError("MODEL and --output need a name")
     if calibration is not None:
         _refuse_calibration(scheme, calibration)
-    how = Scoring(**_scoring(scoring)) if score else None
-    options = Options(how, seed, overwrite, shard_size, command=shlex.join(["compress", *sys.argv[1:]]))
+    how = Scoring(**options.scoring_of(scoring)) if score else None
+    run_options = Options(how, seed, overwrite, shard_size, command=shlex.join(["compress", *sys.argv[1:]]))
     with console.progress() as progress:
-        prepared = Prepared(model, scheme, _settings(settings), Rules(recipe, include, exclude))
-        report = run(prepared, model, out, options, progress)
+        prepared = Prepared(model, scheme, options.settings(settings), Rules(recipe, include, exclude))
+        report = run(prepared, model, out, run_options, progress)
     console.emit(report.to_dict(), as_json)
     shown = [tables.scores(report.evaluation)] if report.evaluation else []
     console.show(tables.tensors(report.tensors, most=8), tables.run(report), *shown)
     for note in report.notes:
         click.echo(f"Note: {note}", err=True)
     click.echo(f"Wrote {out}", err=True)
-
-
-def _scoring(options: dict[str, Any]) -> dict[str, Any]:
-    return {**options, "tasks": _split(options["tasks"]), "text": options["text"] or ("builtin",)}
 
 
 def _refuse_calibration(scheme: str, source: str) -> None:
@@ -162,7 +100,7 @@ def _refuse_calibration(scheme: str, source: str) -> None:
 
 @main.command()
 @click.argument("model")
-@scheme_options
+@options.scheme
 @console.reports
 def plan(
     model: str,
@@ -184,7 +122,7 @@ def plan(
     from compress.prepare import Prepared
     from compress.recipe import Rules
 
-    forecast = Prepared(model, scheme, _settings(settings), Rules(recipe, include, exclude)).forecast()
+    forecast = Prepared(model, scheme, options.settings(settings), Rules(recipe, include, exclude)).forecast()
     lines = [vars(line) for line in forecast.tensors]
     rules = [{"rule": rule, "modules": count} for rule, count in forecast.plan.rule_counts]
     extra = {"peak_memory_bytes": forecast.peak_memory_bytes, "rules": rules, "notes": forecast.notes}
@@ -197,7 +135,7 @@ def plan(
 @main.command("eval")
 @click.argument("model")
 @click.option("--reference", metavar="ORIGINAL", help="Compare with this model: KL divergence, top-1 agreement.")
-@scoring_options
+@options.scoring
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Also write the scores to this file.")
 @console.reports
 def evaluate(model: str, reference: str | None, out: Path | None, as_json: bool, **scoring: Any) -> None:
@@ -215,7 +153,7 @@ def evaluate(model: str, reference: str | None, out: Path | None, as_json: bool,
     if out and not out.resolve().parent.is_dir():
         raise ValueError(f"output {out}: {out.resolve().parent} is no directory")
     with console.progress() as progress:
-        evaluation = run(model, reference, **_scoring(scoring), progress=progress).to_dict()
+        evaluation = run(model, reference, **options.scoring_of(scoring), progress=progress).to_dict()
     console.emit(evaluation, as_json)
     console.show(tables.scores(evaluation))
     if out:

@@ -1,0 +1,74 @@
+"""The command-line options that several commands share, and what their values mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from compress.registry import SCHEMES
+
+
+def settings(values: tuple[str, ...]) -> dict[str, str]:
+    """The KEY=VALUE texts of --set."""
+    for value in values:
+        if "=" not in value:
+            raise ValueError(f"--set {value}: write KEY=VALUE, for example --set group_size=64")
+    return dict(value.split("=", 1) for value in values)
+
+
+def _split(tasks: str) -> tuple[str, ...]:
+    return tuple(task.strip() for task in tasks.split(",") if task.strip())
+
+
+def scheme(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What `quantize` and `plan` share: the scheme, its options, and which modules it takes."""
+    for option in (
+        click.option(
+            "--exclude",
+            multiple=True,
+            metavar="RULE",
+            help="Leave these modules as they are: a name or its tail, or re:REGEX.",
+        ),
+        click.option(
+            "--include", multiple=True, metavar="RULE", help="Take these modules only: a name or its tail, or re:REGEX."
+        ),
+        click.option(
+            "--recipe", type=click.Path(path_type=Path), help="YAML list of rules, each with match and scheme."
+        ),
+        click.option(
+            "--set", "settings", multiple=True, metavar="KEY=VALUE", help="An option; `compress schemes` lists them."
+        ),
+        click.option(
+            "--scheme", default="int4", show_default=True, metavar="NAME", help=f"One of {', '.join(SCHEMES)}."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def scoring(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What `quantize` and `eval` share: what is scored, and on what."""
+    for option in (
+        click.option("--device", help="Where models run; by default cuda where there is one, else cpu."),
+        click.option("--batch-size", type=click.IntRange(1), help="Windows and requests at a time."),
+        click.option("--limit", type=click.IntRange(1), help="At most so many windows, and items of a task."),
+        click.option("--window", type=click.IntRange(2), help="Tokens; the default is the context, at most 2048."),
+        click.option(
+            "--text",
+            multiple=True,
+            metavar="SRC",
+            help="A .txt or .jsonl file, a dataset id, or builtin (default).",
+        ),
+        click.option("--include-path", type=click.Path(), help="Directory of your own lm-eval task files."),
+        click.option("--tasks", default="builtin_cloze", show_default=True, help="lm-eval tasks, or '' for none."),
+    ):
+        command = option(command)
+    return command
+
+
+def scoring_of(options: dict[str, Any]) -> dict[str, Any]:
+    """The scoring options as keywords of `evaluate`."""
+    return {**options, "tasks": _split(options["tasks"]), "text": options["text"] or ("builtin",)}
