@@ -48,7 +48,7 @@ def _compare(name: str, entry: dict[str, object] | None, original: Source, packe
     if packed.specs[kept] != original.specs[name]:
         return Comparison(name, action, False, 1.0, f"{original.specs[name]} became {packed.specs[kept]}")
     a, b = original.read(name), packed.read(kept)
-    equal = torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) if a.dim() else bool(a == b)
+    equal = torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
     error = 0.0 if equal or not a.is_floating_point() else relative_error(_matrix(a), _matrix(b))
     exact = action != "coded" or all(p.scheme.lossless for p in packed.packed.values() if p.source == name)
     return Comparison(name, action, equal, error, _problem(entry, equal or not exact, original))

@@ -48,7 +48,8 @@ def quantize(
     OSError where files cannot be written; `out` is then as it was.
     """
     own = {key: options.pop(key) for key in list(options) if key in Options.__dataclass_fields__}
-    own.setdefault("command", f"compress.quantize({str(model)!r}, {str(out)!r}, scheme={scheme!r}{_keywords(options)})")
+    given = {**({"rules": rules} if rules else {}), **own, **options}
+    own.setdefault("command", f"compress.quantize({str(model)!r}, {str(out)!r}, scheme={scheme!r}{_keywords(given)})")
     prepared = Prepared(model, scheme, options, rules or Rules())
     return run(prepared, str(model), Path(out), Options(**own), progress)
 

@@ -10,7 +10,7 @@ from compress.fp8 import Fp8
 from compress.int4 import Int4
 from compress.scheme import Scheme
 
-# What compressed-tensors calls its own checkpoints that hold packed weights only, and the version this layout is of.
+# The compressed-tensors release whose layout this is.
 VERSION = "0.20.0"
 
 
@@ -50,7 +50,7 @@ def write(
     if len(distinct) > 1:  # by stored name: targets are names in the model, which transformers may have changed
         config["compress"] = {"version": 1, "modules": {m: distinct.index(s) for m, s in schemes.items()}}
     if needs_dequantize(distinct, dense):
-        # transformers reads these two only when it decodes while loading; others ignore the key.
+        # transformers then decodes while loading; others ignore the key.
         config["dequantize"] = True
     return config
 

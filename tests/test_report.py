@@ -78,3 +78,10 @@ def test_scoring_that_cannot_work_is_refused_before_anything_is_written(llama_di
     with pytest.raises(ValueError, match="exceed the context"):
         compress.quantize(llama_dir, tmp_path / "out", scoring=compress.Scoring(window=4096))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_card_of_a_python_run_names_everything_that_was_asked_for(llama_dir: Path, tmp_path: Path) -> None:
+    rules = compress.Rules(exclude=("down_proj",))
+    compress.quantize(llama_dir, tmp_path / "out", "int4", rules=rules, bits=3, shard_size="1MB", scoring=None)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "bits=3" in card and "exclude=('down_proj',)" in card and "shard_size='1MB'" in card
