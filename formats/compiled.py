@@ -1,14 +1,18 @@
-"""What the compiled loops over a weight share: numba's settings, the weight's bits, threads."""
+"""What the compiled loops over a weight share: numba's settings, the weight's bits, 64 bits at any byte, threads."""
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
 import numpy as np
 import torch
+from llvmlite import ir
+from numba.extending import intrinsic
 from torch import Tensor
 
 _THREADED_SIZE = 1 << 20  # values: below, starting threads costs more than it saves
+_PARTS = 4  # for each thread
 
 
 def jit(function: Any) -> Any:
@@ -17,6 +21,37 @@ def jit(function: Any) -> Any:
         return numba.njit(nogil=True, cache=True, error_model="numpy")(function)
     except RuntimeError:  # numba's "no locator": neither the package's directory nor the user's cache can be written
         return numba.njit(nogil=True, error_model="numpy")(function)
+
+
+def _intrinsic(function: Any) -> Any:
+    return intrinsic(function)  # whose type has the compiler's own argument, which callers do not pass
+
+
+@_intrinsic
+def load64(context, array, offset):  # type: ignore[no-untyped-def]
+    """The 64 bits at byte `offset` of a uint8 array, aligned or not. Nothing checks that they lie within it."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.load(_address(context, builder, signature, arguments), align=1)
+
+    return numba.uint64(array, numba.int64), generate
+
+
+@_intrinsic
+def store64(context, array, offset, value):  # type: ignore[no-untyped-def]
+    """Puts 64 bits at byte `offset` of a uint8 array, aligned or not. Nothing checks that they lie within it."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        builder.store(arguments[2], _address(context, builder, signature, arguments), align=1)
+        return context.get_dummy_value()
+
+    return numba.void(array, numba.int64, numba.uint64), generate
+
+
+def _address(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+    start = builder.bitcast(data, ir.IntType(8).as_pointer())
+    return builder.bitcast(builder.gep(start, [arguments[1]]), ir.IntType(64).as_pointer())
 
 
 def float_bits(weight: Tensor) -> tuple[Any, int]:
@@ -28,6 +63,11 @@ def float_bits(weight: Tensor) -> tuple[Any, int]:
     return weight.float().numpy().view(np.uint32), 0
 
 
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """torch.empty, from NumPy, which asks for huge pages: filling such memory for the first time costs a quarter."""
+    return torch.from_numpy(np.empty(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+
+
 def in_threads(loop: Any, rows: int, size: int, *arguments: Any) -> None:
     """loop(start, stop, *arguments) over parts of the rows, which are independent. size: values in all."""
     # Plain threads, not numba's: its default layer aborts when two Python threads enter it at once, and a parallel
@@ -36,7 +76,8 @@ def in_threads(loop: Any, rows: int, size: int, *arguments: Any) -> None:
     if threads <= 1:
         loop(0, rows, *arguments)
         return
-    bounds = [rows * i // threads for i in range(threads + 1)]
+    parts = min(_PARTS * threads, rows)  # a core that is busy elsewhere takes fewer of them
+    bounds = [rows * i // parts for i in range(parts + 1)]
     with ThreadPoolExecutor(threads) as pool:
         jobs = [pool.submit(loop, *pair, *arguments) for pair in zip(bounds, bounds[1:], strict=False)]
     for job in jobs:

@@ -22,9 +22,10 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a CPU tensor, without a copy where it is contiguous."""
-    flat = tensor.detach().contiguous().reshape(-1)
-    array: Any = flat.view(torch.uint8).numpy()
-    return memoryview(array) if flat.numel() else memoryview(b"")
+    if not tensor.numel():
+        return memoryview(b"")
+    array: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 class ShardWriter:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compress.formats.bitpack import packed_width, unpack
-from compress.formats.compiled import in_threads, jit
+from compress.formats.compiled import empty, in_threads, jit
 
 _TABLE = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
 
@@ -77,10 +77,10 @@ def _check_shape(name: str, tensor: Tensor, wanted: tuple[int, int]) -> None:
 def _run(loop: Any, rows: int, columns: int, dtype: torch.dtype, arguments: tuple[Any, ...]) -> Tensor:
     """loop(start, stop, bits of the result, how many of them a float32 has more, *arguments) over all rows."""
     if dtype == torch.bfloat16:
-        halves = torch.empty(rows, columns, dtype=torch.int16)
+        halves = empty((rows, columns), torch.int16)
         in_threads(loop, rows, rows * columns, halves.numpy().view(np.uint16), 16, *arguments)
         return halves.view(torch.bfloat16)
-    floats = torch.empty(rows, columns, dtype=torch.float32)
+    floats = empty((rows, columns), torch.float32)
     in_threads(loop, rows, rows * columns, floats.numpy().view(np.uint32), 0, *arguments)
     return floats.to(dtype)
 
