@@ -54,9 +54,13 @@ def quantize(
     return run(prepared, str(model), Path(out), Options(**own), progress)
 
 
-def load(path: str | Path, device: str | torch.device | None = None) -> PreTrainedModel:
-    """The model of a checkpoint (directory or hub id), in eval mode; compressed linears run on our kernels."""
-    return load_directory(hub.local_directory(path), device)
+def load(path: str | Path, device: str | torch.device | None = None, **options: Any) -> PreTrainedModel:
+    """The model of a checkpoint (directory or hub id), in eval mode; compressed linears run on our kernels.
+
+    options: of a lossless scheme, to run with others than it was stored with: `coding="fixed"` is larger, and on a GPU
+    faster.
+    """
+    return load_directory(hub.local_directory(path), device, **options)
 
 
 def evaluate(model: str | Path, reference: str | Path | None = None, **how: Any) -> Evaluation:
@@ -66,7 +70,10 @@ def evaluate(model: str | Path, reference: str | Path | None = None, **how: Any)
 
 
 def encode(weight: Tensor, scheme: str = "int4", **options: Any) -> Tensors:
-    """weight: (out_features, in_features), bfloat16, float16 or float32. Returns the tensors stored, by local name."""
+    """weight: (out_features, in_features), bfloat16, float16 or float32; for a lossless scheme of any shape.
+
+    Returns the tensors stored, by local name.
+    """
     return _fitted(weight, scheme, options).encode(weight.cpu())
 
 
@@ -85,6 +92,8 @@ def decode(tensors: Tensors, scheme: str = "int4", **options: Any) -> Tensor:
 def linear(weight: Tensor, scheme: str = "int4", bias: Tensor | None = None, **options: Any) -> CompressedLinear:
     """A module that computes x @ weight.T + bias from the packed weight."""
     fitted = _fitted(weight, scheme, options)
+    if weight.dim() != 2:
+        raise ValueError(f"weight: a linear needs (out_features, in_features), not {tuple(weight.shape)}")
     parameter = None if bias is None else nn.Parameter(bias, requires_grad=False)
     return CompressedLinear(fitted, (weight.shape[0], weight.shape[1]), fitted.encode(weight.cpu()), parameter)
 
@@ -92,12 +101,14 @@ def linear(weight: Tensor, scheme: str = "int4", bias: Tensor | None = None, **o
 def _fitted(weight: Tensor, scheme: str, options: dict[str, Any]) -> Scheme:
     if not isinstance(weight, Tensor):
         raise ValueError(f"weight: a tensor is needed, not {type(weight).__name__}")
+    made = make(scheme, options)
+    if made.lossless:
+        return made
     if weight.dim() != 2 or weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(
             f"weight: a 2-D bfloat16, float16 or float32 tensor is needed, not {weight.dim()}-D {weight.dtype}"
         )
-    made = make(scheme, options)
-    if not made.lossless and not weight.isfinite().all():
+    if not weight.isfinite().all():
         raise ValueError(f"weight: holds NaN or infinity, which {scheme} cannot store")
     return made.fit((weight.shape[0], weight.shape[1]))
 

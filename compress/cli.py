@@ -113,6 +113,8 @@ def plan(
 ) -> None:
     """Predict every tensor's size, from headers.
 
+    A lossless scheme's sizes depend on the values, so for it these are read too.
+
     The table goes to stderr, as all text for people does; --json goes to stdout.
 
     \b
@@ -122,7 +124,9 @@ def plan(
     from compress.prepare import Prepared
     from compress.recipe import Rules
 
-    forecast = Prepared(model, scheme, options.settings(settings), Rules(recipe, include, exclude)).forecast()
+    with console.progress() as progress:
+        prepared = Prepared(model, scheme, options.settings(settings), Rules(recipe, include, exclude))
+        forecast = prepared.forecast(progress)
     lines = [vars(line) for line in forecast.tensors]
     rules = [{"rule": rule, "modules": count} for rule, count in forecast.plan.rule_counts]
     extra = {"peak_memory_bytes": forecast.peak_memory_bytes, "rules": rules, "notes": forecast.notes}
@@ -219,10 +223,10 @@ def verify(out: Path, against: str | None, as_json: bool) -> None:
 @click.option(
     "--to",
     "form",
-    type=click.Choice(["bf16", "fp16", "fp32"]),
+    type=click.Choice(["bf16", "fp16", "fp32", "original"]),
     default="bf16",
     show_default=True,
-    help="What to write.",
+    help="What to write; original: as it was before a lossless scheme.",
 )
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, help="Directory to write.")
 @click.option("--overwrite", is_flag=True, help="Replace the output, when the new one is complete.")

@@ -30,7 +30,7 @@ class Fp8(Scheme):
     name = "fp8"
     granularity: Literal["channel", "tensor", "block"] = "channel"
 
-    def specs(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Spec]:
+    def specs(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Spec]:
         return {"weight": Spec(torch.float8_e4m3fn, shape), "weight_scale": Spec(dtype, self._scale_shape(shape))}
 
     def original(self, specs: Mapping[str, Spec]) -> Spec:
@@ -66,11 +66,11 @@ class Fp8(Scheme):
             return {"format": "naive-quantized", "weights": {**weights, "block_structure": [BLOCK, BLOCK]}}
         return {"format": "float-quantized", "weights": weights}
 
-    def _block(self, shape: tuple[int, int]) -> tuple[int, int]:
+    def _block(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Rows and columns that share a scale."""
         rows, width = max(1, shape[0]), max(1, shape[1])
         return {"tensor": (rows, width), "channel": (1, width), "block": (BLOCK, BLOCK)}[self.granularity]
 
-    def _scale_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
+    def _scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         blocks = (math.ceil(shape[0] / BLOCK), math.ceil(shape[1] / BLOCK))
         return {"tensor": (1,), "channel": (shape[0], 1), "block": blocks}[self.granularity]

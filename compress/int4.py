@@ -39,7 +39,7 @@ class Int4(Scheme):
         if self.group_size < 1:
             raise ValueError(f"{self.name}: group_size is {self.group_size}; give 1 or more, for example 128")
 
-    def fit(self, shape: tuple[int, int]) -> Int4:
+    def fit(self, shape: tuple[int, ...]) -> Int4:
         """A group that does not divide in_features gives way to the next that does.
 
         Halves down to 32 come first, because kernels elsewhere know them; then divisors down to 16; then the row.
@@ -51,7 +51,7 @@ class Int4(Scheme):
         candidates = [*halves, *range(min(self.group_size, width), 15, -1), width]
         return replace(self, group_size=next(group for group in candidates if width % group == 0))
 
-    def specs(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Spec]:
+    def specs(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Spec]:
         rows, width = shape
         groups = width // self.group_size
         specs = {

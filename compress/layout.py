@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from compress.formats.checkpoint import INDEX, PICKLES, SINGLE
-from compress.planning import Plan, matrix_shape
+from compress.planning import Plan, weight_shape
 from compress.scheme import Spec
 from compress.source import Source
 
@@ -21,15 +21,16 @@ OWN_FILES = {"config.json", INDEX, "compress.json", "report.json", "README.md"}
 
 @dataclass(frozen=True)
 class Unit:
-    """One source tensor and everything that is written for it: stored name -> spec, in file order."""
+    """One source tensor and everything that is written for it: stored name -> spec, in file order.
+
+    Where its size depends on the values, `bytes` is the most that is written, and `specs` has every tensor that may be.
+    """
 
     source: str
     modules: tuple[str, ...]  # empty: copied as it is
     specs: dict[str, Spec]
-
-    @property
-    def bytes(self) -> int:
-        return sum(spec.bytes for spec in self.specs.values())
+    bytes: int
+    sized_by_data: bool = False
 
 
 def units(source: Source, plan: Plan, tied: dict[str, str]) -> list[Unit]:
@@ -44,14 +45,20 @@ def units(source: Source, plan: Plan, tied: dict[str, str]) -> list[Unit]:
 
 def _unit(name: str, spec: Spec, modules: tuple[str, ...], plan: Plan) -> Unit:
     if not modules:
-        return Unit(name, (), {name: spec})
-    specs = {}
+        return copied(name, spec)
+    specs, size = {}, 0
     for module in modules:
-        original = Spec(spec.dtype, matrix_shape(plan.modules[module], spec))
+        original = Spec(spec.dtype, weight_shape(plan.modules[module], spec))
         specs.update(dict(plan.stored_specs(module, original).values()))
+        size += plan.modules[module].scheme.bytes(original.shape, original.dtype)
     if not plan.interchange:
         specs[name] = Spec(torch.uint8, (0,))  # stops a loader that does not know us
-    return Unit(name, modules, specs)
+    return Unit(name, modules, specs, size, any(plan.modules[module].scheme.sized_by_data for module in modules))
+
+
+def copied(name: str, spec: Spec) -> Unit:
+    """A tensor that is written as `spec` says, under its own name."""
+    return Unit(name, (), {name: spec}, spec.bytes)
 
 
 def shards(units: list[Unit], shard_bytes: int) -> dict[str, list[Unit]]:
@@ -80,7 +87,7 @@ def tied_copies(source: Source, tied: dict[str, str], target: Callable[[str], st
 
 
 def _same_bytes(source: Source, a: str, b: str) -> bool:
-    same = torch.equal(source.read(a).view(torch.uint8), source.read(b).view(torch.uint8))
+    same = torch.equal(source.read(a).reshape(-1).view(torch.uint8), source.read(b).reshape(-1).view(torch.uint8))
     source.release(a)
     source.release(b)
     return same

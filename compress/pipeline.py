@@ -20,7 +20,7 @@ from compress.formats.shard import ShardWriter, write_index
 from compress.job import Job
 from compress.layout import SHARD_BYTES, Unit, copy_side_files, shards, units
 from compress.planning import Packed, Plan
-from compress.scheme import Spec
+from compress.scheme import Scheme, Spec
 from compress.source import Source
 
 ERROR_VALUES = 1 << 18  # values compared at once: what a core's cache holds
@@ -84,8 +84,8 @@ def write(
         names = {name: record["file"] for name, record in records.items()}
         write_index(job.checkpoint, names, sum(record["bytes"] for record in records.values()))
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
-    if plan.modules:
-        config["quantization_config"] = plan.to_config()
+    if plan.modules or plan.base:
+        config["quantization_config"] = plan.to_config() if plan.modules else plan.base
     write_text(job.checkpoint / "config.json", json.dumps(config, indent=2) + "\n")
     copy_side_files(source.path, job.checkpoint)
     return Written(records, headers, hashes, reports, seconds)
@@ -93,11 +93,15 @@ def write(
 
 def _check_written(layout: dict[str, list[Unit]], records: dict[str, dict[str, Any]]) -> None:
     """What was written is what was planned, tensor by tensor; anything else is a fault of ours."""
-    planned = {name: spec.bytes for group in layout.values() for unit in group for name, spec in unit.specs.items()}
     written = {name: record["bytes"] for name, record in records.items()}
-    for name in sorted(planned.keys() | written.keys()):
-        if planned.get(name) != written.get(name):
-            raise RuntimeError(f"{name}: planned {planned.get(name)} bytes, wrote {written.get(name)}")
+    for unit in (unit for group in layout.values() for unit in group):
+        found = {name: written.pop(name) for name in unit.specs if name in written}
+        planned = {name: spec.bytes for name, spec in unit.specs.items()}
+        fits = sum(found.values()) <= unit.bytes if unit.sized_by_data else found == planned
+        if not found or not fits:
+            raise RuntimeError(f"{unit.source}: planned {unit.bytes} bytes as {planned}, wrote {found}")
+    if written:
+        raise RuntimeError(f"{next(iter(written))}: written and not planned")
 
 
 def _write_shard(
@@ -143,27 +147,42 @@ def _write_unit(writer: ShardWriter, source: Source, plan: Plan, unit: Unit) -> 
 
 def _write_module(writer: ShardWriter, source: Source, plan: Plan, module: str) -> TensorReport:
     packed = plan.modules[module]
-    weight = read_weight(source, packed)
+    scheme, weight = packed.scheme, read_weight(source, packed)
     _check_finite(weight, module, packed)
-    tensors = packed.scheme.encode(weight)
-    shape = (weight.shape[0], weight.shape[1])
+    tensors = scheme.encode(weight)
+    shape = tuple(weight.shape)
     planned = plan.stored_specs(module, Spec(weight.dtype, shape))
-    if tensors.keys() != planned.keys():
+    if not scheme.sized_by_data and tensors.keys() != planned.keys():
         raise RuntimeError(f"{module}: planned {sorted(planned)}, made {sorted(tensors)}")
-    size = 0
-    for local, (name, spec) in planned.items():
-        tensor = tensors[local]
-        if (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
-            raise RuntimeError(f"{name}: planned {spec}, made {tensor.dtype} {tuple(tensor.shape)}")
+    for local, tensor in tensors.items():
+        name, spec = planned[local]
+        made = Spec(tensor.dtype, tuple(tensor.shape))
+        if made != spec and not (scheme.sized_by_data and made.dtype == spec.dtype and made.bytes <= spec.bytes):
+            raise RuntimeError(f"{name}: planned {spec}, made {made}")
         writer.add(name, tensor)
-        size += spec.bytes
-    error = relative_error(weight, packed.scheme.decode(tensors))
-    original = math.prod(shape) * weight.dtype.itemsize
-    return TensorReport(module, shape, packed.scheme.name, size, original, _bits(size, math.prod(shape)), error)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    error = _error(module, scheme, weight, scheme.decode(tensors))
+    return TensorReport(module, shape, scheme.name, size, weight.nbytes, _bits(size, weight.numel()), error)
+
+
+def _error(module: str, scheme: Scheme, weight: Tensor, decoded: Tensor) -> float:
+    """The relative error of what was written; of a lossless scheme the proof that there is none."""
+    if not scheme.lossless:
+        return relative_error(weight, decoded)
+    if not same_bits(weight, decoded):
+        raise RuntimeError(f"{module}: {scheme.name} does not give back what it was given; nothing is kept")
+    return 0.0
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal in shape, dtype and every bit: NaN equals itself, and 0 is not -0."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    return a.numel() == 0 or torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 def read_weight(source: Source, packed: Packed) -> Tensor:
-    """The (out_features, in_features) weight that `packed` stands for."""
+    """The weight that `packed` stands for: (out_features, in_features) of a linear."""
     weight = source.read(packed.source, packed.index)
     return weight.T.contiguous() if packed.transposed else weight
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-import torch
 
 from compress import interchange
 from compress.registry import did_you_mean, make
 from compress.scheme import Scheme, Spec
 from compress.structure import Linear, Structure
 
-VERSION = 1  # of our own layout in config.json
+VERSION = 2  # of our own layout in config.json
 
 # Local names that stand for another on disk. In our own layout every module stores an empty `weight`, so that a loader
 # that does not know us stops at its shape; a scheme's own `weight` moves aside. transformers' fp8 has its own word.
@@ -38,7 +35,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Packed:
-    """How one 2-D weight is stored: `scheme`, and the tensor (or slice `index` of a 3-D one) that it stands for."""
+    """How one weight is stored: `scheme`, and the tensor (or slice `index` of a 3-D one) that it stands for."""
 
     scheme: Scheme
     source: str
@@ -58,11 +55,11 @@ class Plan:
     dense: bool = False  # transformers has no place for the packed tensors of some modules
     notes: dict[str, str] = field(default_factory=dict)
     rule_counts: tuple[tuple[str, int], ...] = ()
+    base: Mapping[str, Any] | None = None  # the `quantization_config` of what was compressed, where that stays packed
 
     def stored_specs(self, module: str, original: Spec) -> dict[str, tuple[str, Spec]]:
         """local name -> (name in the file, spec) of everything that is written for a module, without the tripwire."""
-        rows, columns = original.shape
-        specs = self.modules[module].scheme.specs((rows, columns), original.dtype)
+        specs = self.modules[module].scheme.specs(original.shape, original.dtype)
         moved = {} if self.interchange else {"weight": "qweight"}
         return {local: (f"{module}.{moved.get(local, local)}", spec) for local, spec in specs.items()}
 
@@ -72,14 +69,16 @@ class Plan:
         if self.interchange:
             return interchange.write(schemes, self.paths, self.ignore, self.dense)
         distinct = list(dict.fromkeys(schemes.values()))
-        return {
+        config = {
             "quant_method": "compress",
             "version": VERSION,
             "schemes": [scheme.to_dict() for scheme in distinct],
             "modules": {module: distinct.index(scheme) for module, scheme in schemes.items()},
-            "stacked": {m: [p.source, p.index] for m, p in self.modules.items() if p.index is not None},
+            # where that is not `weight` of the module: the tensor that it stands for, and the slice of it
+            "sources": {m: [p.source, p.index] for m, p in self.modules.items() if p.source != f"{m}.weight"},
             "transposed": [m for m, p in self.modules.items() if p.transposed],
         }
+        return config if self.base is None else {**config, "base": self.base}
 
 
 def from_config(config: Mapping[str, Any], stored: Iterable[str]) -> dict[str, Packed]:
@@ -100,13 +99,14 @@ def from_config(config: Mapping[str, Any], stored: Iterable[str]) -> dict[str, P
 def _from_own(config: Mapping[str, Any]) -> dict[str, Packed]:
     if config.get("version") != VERSION:
         raise ValueError(
-            f"it has layout version {config.get('version')}, this compress reads {VERSION}; upgrade compress"
+            f"it has layout version {config.get('version')}, and this compress reads {VERSION}; use the version of "
+            "compress that wrote it, which compress.json names, or compress the original again"
         )
     schemes = [make(s["scheme"], {k: v for k, v in s.items() if k != "scheme"}) for s in config["schemes"]]
-    stacked, transposed = config.get("stacked", {}), set(config.get("transposed", ()))
+    sources, transposed = config["sources"], set(config["transposed"])
     modules = {}
     for module, number in config["modules"].items():
-        source, index = stacked.get(module, (f"{module}.weight", None))
+        source, index = sources.get(module, (f"{module}.weight", None))
         modules[module] = Packed(schemes[number], source, index, module in transposed)
     return modules
 
@@ -121,67 +121,55 @@ def local_tensors(stored: Mapping[str, Spec], modules: Mapping[str, Packed]) -> 
         module, _, local = name.rpartition(".")
         if module not in found or local == "bias" or (local == "weight" and 0 in spec.shape):
             continue
-        found[module][ALIASES.get(local, local)] = name
+        known, local = modules[module].scheme.locals, ALIASES.get(local, local)
+        if known is None or local in known:
+            found[module][local] = name
     for module, names in found.items():
-        _check_whole(module, modules[module].scheme, {local: stored[name] for local, name in names.items()})
+        try:
+            modules[module].scheme.check({local: stored[name] for local, name in names.items()})
+        except ValueError as error:
+            raise ValueError(f"{module}: {error}") from None
     return found
-
-
-def _check_whole(module: str, scheme: Scheme, specs: Mapping[str, Spec]) -> None:
-    try:
-        original = scheme.original(specs)
-        rows, columns = original.shape
-        missing = sorted(scheme.specs((rows, columns), original.dtype).keys() - specs.keys())
-    except KeyError as error:
-        missing = [error.args[0]]
-    if missing:
-        raise ValueError(f"{module}: no {missing[0]} is stored, so the checkpoint is incomplete; download it again")
-    for local, wanted in scheme.specs((rows, columns), original.dtype).items():
-        if not _fits(specs[local], wanted):
-            raise ValueError(f"{module}.{local} is {specs[local]}, and {scheme.name} needs {wanted}; download it again")
-
-
-def _fits(found: Spec, wanted: Spec) -> bool:
-    """The same shape and dtype; but others write one scale as () or (1, 1), and an integer in another width."""
-    if math.prod(found.shape) != math.prod(wanted.shape):
-        return False
-    if len(found.shape) == len(wanted.shape) and found.shape != wanted.shape:
-        return False
-    return found.dtype == wanted.dtype or wanted.dtype == torch.int64
 
 
 def resolve(structure: Structure, specs: Mapping[str, Spec], rules: Sequence[Rule], scheme: Scheme) -> Plan:
     """The first rule that matches a module decides; without one, `scheme` takes every linear but the head and routers.
 
-    specs: shape and dtype of every source tensor. Raises ValueError for a rule that matches nothing, or that splits
-    the experts of one parameter.
+    A lossless scheme takes these too, and every other tensor, under its name without `.weight`; a rule for a lossy one
+    does not concern the latter. specs: shape and dtype of every source tensor. Raises ValueError for a rule that
+    matches nothing, or that splits the experts of one parameter.
     """
     linears = structure.linears
+    rest = (
+        _other_tensors(structure, specs) if any(s and s.lossless for s in (scheme, *(r.scheme for r in rules))) else {}
+    )
     counts = dict.fromkeys(range(len(rules)), 0)
     modules: dict[str, Packed] = {}
     left, notes = [], {}
     for name, linear in linears.items():
-        hits = [i for i, rule in enumerate(rules) if rule.matches(name)]
-        for i in hits:
-            counts[i] += 1
-        chosen = rules[hits[0]].scheme if hits else (None if linear.head or linear.router else scheme)
-        spec = specs[linear.source]
-        if chosen is None or 0 in spec.shape or spec.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        spec = Spec(specs[linear.source].dtype, weight_shape(linear, specs[linear.source]))
+        default = None if (linear.head or linear.router) and not scheme.lossless else scheme
+        chosen = _choose(name, rules, counts, default)
+        if chosen is None or not chosen.takes(spec):
             left.append(name)
             continue
-        shape = matrix_shape(linear, spec)
-        fitted = chosen.fit(shape)
+        fitted = chosen.fit(spec.shape)
         if fitted != chosen:
-            notes[name] = f"in_features {shape[1]}: {_difference(chosen, fitted)}"
+            notes[name] = f"in_features {spec.shape[1]}: {_difference(chosen, fitted)}"
         modules[name] = Packed(fitted, linear.source, linear.index, linear.transposed)
-    _check_rules(rules, counts, linears)
+    for name, source in rest.items():
+        lossless = [i for i, rule in enumerate(rules) if rule.scheme is None or rule.scheme.lossless]
+        chosen = _choose(name, rules, counts, scheme if scheme.lossless else None, lossless)
+        if chosen is not None and chosen.takes(specs[source]):
+            modules[name] = Packed(chosen, source)
+    _check_rules(rules, counts, [*linears, *rest])
     _check_experts(linears, modules)
-    taken = {linears[module].path for module in modules}
+    taken = {linears[module].path for module in modules if module in linears}
     dense = _needs_dense(structure, modules)
     return Plan(
         modules=modules,
         left=tuple(left),
-        paths={module: linears[module].path for module in modules if linears[module].native},
+        paths={module: linears[module].path for module in modules if module in linears and linears[module].native},
         ignore=tuple(path for path in structure.native_paths() if path not in taken),
         interchange=_can_interchange(linears, modules, dense),
         dense=dense,
@@ -190,10 +178,28 @@ def resolve(structure: Structure, specs: Mapping[str, Spec], rules: Sequence[Rul
     )
 
 
-def matrix_shape(linear: Linear | Packed, spec: Spec) -> tuple[int, int]:
-    """(out_features, in_features) of a weight whose source tensor has `spec`."""
-    rows, columns = spec.shape[-2:]
-    return (columns, rows) if linear.transposed else (rows, columns)
+def _other_tensors(structure: Structure, specs: Mapping[str, Spec]) -> dict[str, str]:
+    """Module name -> source tensor of everything that is no linear weight and that can be loaded when it is packed."""
+    taken = {linear.source for linear in structure.linears.values()} | structure.left_out
+    names = [name for name in specs if name not in taken and structure.is_placed(name)]
+    return {name.removesuffix(".weight"): name for name in names}
+
+
+def _choose(
+    name: str, rules: Sequence[Rule], counts: dict[int, int], default: Scheme | None, among: Sequence[int] | None = None
+) -> Scheme | None:
+    """What the first rule that matches says, of those whose numbers are `among`. Counts every one that matches."""
+    numbers = range(len(rules)) if among is None else among
+    hits = [i for i in numbers if rules[i].matches(name)]
+    for i in hits:
+        counts[i] += 1
+    return rules[hits[0]].scheme if hits else default
+
+
+def weight_shape(packed: Linear | Packed, spec: Spec) -> tuple[int, ...]:
+    """Shape of what a scheme gets of a source tensor with `spec`: (out_features, in_features) of a linear."""
+    shape = spec.shape if packed.index is None else spec.shape[1:]
+    return shape[::-1] if packed.transposed else shape
 
 
 def _difference(chosen: Scheme, fitted: Scheme) -> str:
@@ -201,11 +207,11 @@ def _difference(chosen: Scheme, fitted: Scheme) -> str:
     return ", ".join(f"{key} {before[key]} -> {after[key]}" for key in before if before[key] != after[key])
 
 
-def _check_rules(rules: Sequence[Rule], counts: Mapping[int, int], linears: Mapping[str, Linear]) -> None:
+def _check_rules(rules: Sequence[Rule], counts: Mapping[int, int], names: Sequence[str]) -> None:
     for i, rule in enumerate(rules):
         if counts[i] == 0:
-            tails = [*linears, *{name.rpartition(".")[2] for name in linears}]
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none"
+            tails = [*names, *{name.rpartition(".")[2] for name in names}]
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in names})) or "none"
             raise ValueError(
                 f"{rule.origin}: '{rule.pattern}' matches no linear module{did_you_mean(rule.pattern, tails)}; "
                 f"their names end in {known} (a head that is tied to the embedding is none)"
@@ -223,7 +229,7 @@ def _check_experts(linears: Mapping[str, Linear], modules: Mapping[str, Packed])
 
 
 def _needs_dense(structure: Structure, modules: Mapping[str, Packed]) -> bool:
-    linears = {name: structure.linears[name] for name in modules}
+    linears = {name: structure.linears[name] for name in modules if name in structure.linears}
     if any(linear.expert is not None for linear in linears.values()):
         return True
     packed = [name for name, linear in linears.items() if linear.native and interchange.packs(modules[name].scheme)]
@@ -232,6 +238,8 @@ def _needs_dense(structure: Structure, modules: Mapping[str, Packed]) -> bool:
 
 def _can_interchange(linears: Mapping[str, Linear], modules: Mapping[str, Packed], dense: bool) -> bool:
     schemes = {packed.scheme for packed in modules.values()}
+    if not all(scheme.interchange is not None for scheme in schemes):
+        return False
     experts = any(linears[module].expert is not None for module in modules)
     if experts and not all(getattr(scheme, "symmetric", True) for scheme in schemes):
         return False  # transformers cannot decode the zero points of experts
@@ -239,5 +247,4 @@ def _can_interchange(linears: Mapping[str, Linear], modules: Mapping[str, Packed
     if interchange.needs_dequantize(schemes, dense) and len(schemes) > 1:
         return False
     # A slice of a 3-D tensor and GPT-2's Conv1D have no name that compressed-tensors knows.
-    known = all(linears[m].native or (p.index is None and linears[m].expert is not None) for m, p in modules.items())
-    return known and all(scheme.interchange is not None for scheme in schemes)
+    return all(linears[m].native or (p.index is None and linears[m].expert is not None) for m, p in modules.items())

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from compress import hub
-from compress.layout import tied_copies, units
-from compress.pipeline import TensorReport
-from compress.planning import Packed, Plan, matrix_shape, resolve
+from compress.layout import Unit, tied_copies, units
+from compress.pipeline import TensorReport, read_weight
+from compress.planning import Packed, Plan, resolve, weight_shape
 from compress.recipe import Rules
 from compress.registry import make
 from compress.scheme import Spec
 from compress.source import Source
 from compress.structure import Structure, build, read_config
 
+Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, how much there is
 WORKING_BYTES = 128 << 20  # chunks of the decoder and of the error measurement, and the header of a shard
 
 
@@ -41,14 +42,16 @@ class Prepared:
         self.scheme = make(scheme, options)
         ruled = rules.read(self.scheme)
         self.path = hub.local_directory(model)
-        self.source = Source(self.path)
+        lossless = all(s.lossless for s in (self.scheme, *(rule.scheme for rule in ruled)) if s is not None)
+        self.source = Source(self.path, foreign=not lossless)  # what another packed is lossless only as it is
         config = read_config(self.path)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         self.structure = Structure(build(config), self.source.specs)
         self.tied = tied_copies(self.source, self.structure.tied(), lambda name: self.structure.target(name)[0])
         self.structure.leave_out(self.tied)
-        self.plan = resolve(self.structure, self.source.specs, ruled, self.scheme)
+        plan = resolve(self.structure, self.source.specs, ruled, self.scheme)
+        self.plan = replace(plan, base=self.source.base)
 
     def notes(self) -> list[str]:
         """What a user should know of the plan."""
@@ -57,6 +60,9 @@ class Prepared:
             alike.setdefault(note, []).append(module)
         notes = [f"{note} ({modules[0]}{_and_more(modules, 1)})" for note, modules in alike.items()]
         notes += [f"{copy}: tied to {kept}, stored once" for copy, kept in self.tied.items()]
+        if self.source.base:
+            method = self.source.base.get("quant_method")
+            notes.append(f"the source is compressed already with {method}: its tensors are coded as they are stored")
         if self.source.packed:
             notes.append("the source is compressed already: sizes and errors are against its decoded weights")
         if self.plan.left:
@@ -65,25 +71,35 @@ class Prepared:
         if self.plan.modules and not self.plan.interchange:
             notes.append("compressed-tensors has no form for this plan: it is written in our own layout")
         if not self.plan.modules:
-            notes.append("no linear weight was found to compress: the result is a copy")
+            notes.append("no weight was found to compress: the result is a copy")
         return notes
 
-    def forecast(self) -> Forecast:
-        """Bytes of every tensor, and of the peak."""
-        lines = list(self._lines())
+    def forecast(self, progress: Progress | None = None) -> Forecast:
+        """Bytes of every tensor, and of the peak. Where the size depends on the values, these are read."""
+        total, done = sum(spec.bytes for spec in self.source.specs.values()), 0
+        lines: list[TensorReport] = []
+        for unit in units(self.source, self.plan, self.tied):
+            lines += self._lines(unit)
+            done += self.source.specs[unit.source].bytes
+            if progress and unit.sized_by_data:
+                progress("measuring", done, total)
         totals = summarize([vars(line) for line in lines])
         return Forecast(self.plan, lines, totals, self._peak(), self.notes())
 
-    def _lines(self) -> Iterable[TensorReport]:
-        for unit in units(self.source, self.plan, self.tied):
-            spec = self.source.specs[unit.source]
-            if not unit.modules:
-                yield _line(unit.source, spec, None, spec.bytes)
-            for module in unit.modules:
-                packed = self.plan.modules[module]
-                matrix = Spec(spec.dtype, matrix_shape(packed, spec))
-                size = sum(stored.bytes for _, stored in self.plan.stored_specs(module, matrix).values())
-                yield _line(module, matrix, packed.scheme.name, size)
+    def _lines(self, unit: Unit) -> Iterable[TensorReport]:
+        spec = self.source.specs[unit.source]
+        if not unit.modules:
+            yield _line(unit.source, spec, None, spec.bytes)
+        for module in unit.modules:
+            packed = self.plan.modules[module]
+            weight = Spec(spec.dtype, weight_shape(packed, spec))
+            if packed.scheme.sized_by_data:
+                size = packed.scheme.measure(read_weight(self.source, packed))
+            else:
+                size = packed.scheme.bytes(weight.shape, weight.dtype)
+            yield _line(module, weight, packed.scheme.name, size)
+        if unit.sized_by_data:
+            self.source.release(unit.source)
 
     def _peak(self) -> int:
         return WORKING_BYTES + max((self._working_bytes(packed) for packed in self.plan.modules.values()), default=0)
@@ -91,11 +107,11 @@ class Prepared:
     def _working_bytes(self, packed: Packed) -> int:
         """The packed tensors and the decoded copy that their error is measured on; mapped pages are not private."""
         spec = self.source.specs[packed.source]
-        shape = matrix_shape(packed, spec)
+        shape = weight_shape(packed, spec)
         copies = 1 + packed.transposed + self.source.is_packed(packed.source)
         size = copies * math.prod(shape) * spec.dtype.itemsize + packed.scheme.bytes(shape, spec.dtype)
         # float16 is encoded and decoded by way of a float32 copy
-        return size + (4 * math.prod(shape) if spec.dtype == torch.float16 else 0)
+        return size + (4 * math.prod(shape) if spec.dtype == torch.float16 and not packed.scheme.lossless else 0)
 
 
 def _and_more(names: Sequence[str], shown: int) -> str:

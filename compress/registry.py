@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -15,6 +16,7 @@ SCHEMES = {
     "int4": "compress.int4:Int4",
     "int8": "compress.int4:Int8",
     "fp8": "compress.fp8:Fp8",
+    "df11": "compress.df11:Df11",
 }
 
 
@@ -29,9 +31,7 @@ def scheme_class(name: str) -> type[Scheme]:
 
 def make(name: str, options: Mapping[str, Any] | None = None) -> Scheme:
     """make("int4", {"group_size": "64"}) -> Int4(group_size=64). Text is converted to the option's type."""
-    cls = scheme_class(name)
-    hints = get_type_hints(cls)
-    fields = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    cls, fields = scheme_class(name), _field_types(name)
     parsed = {}
     for key, value in (options or {}).items():
         if key not in fields:
@@ -43,29 +43,36 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Scheme:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """A scheme for people: what it is, its size with default options on a 4096x4096 bfloat16 weight, its options."""
+    """A scheme for people: what it is, its size with default options on a Gaussian bfloat16 weight, its options."""
     import torch
 
-    cls, shape = scheme_class(name), (4096, 4096)
+    cls = scheme_class(name)
     about = (cls.__doc__ or "").strip().split("\n")[0]
-    bits = 8 * cls().fit(shape).bytes(shape, torch.bfloat16) / (shape[0] * shape[1])
+    weight = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0)).bfloat16()
+    bits = 8 * cls().fit((2048, 2048)).measure(weight) / weight.numel()
     needs = {"lossless": cls.lossless, "needs_calibration": cls.needs_calibration}
     return {"name": name, "about": about, "bits_per_weight": bits, **needs, "options": options(name)}
 
 
 def options(name: str) -> list[dict[str, Any]]:
     """The options of a scheme: name, type, default, choices (None where any value of the type may be tried)."""
-    cls = scheme_class(name)
-    hints = get_type_hints(cls)
+    types = _field_types(name)
     return [
         {
             "name": field.name,
-            "type": "str" if get_origin(hints[field.name]) is Literal else hints[field.name].__name__,
+            "type": "str" if get_origin(types[field.name]) is Literal else types[field.name].__name__,
             "default": field.default,
-            "choices": list(get_args(hints[field.name])) or None,
+            "choices": list(get_args(types[field.name])) or None,
         }
-        for field in dataclasses.fields(cls)
+        for field in dataclasses.fields(scheme_class(name))
     ]
+
+
+@cache
+def _field_types(name: str) -> dict[str, Any]:
+    cls = scheme_class(name)
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

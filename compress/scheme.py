@@ -30,23 +30,36 @@ class Spec:
 
 @dataclass(frozen=True)
 class Scheme(ABC):
-    """A way to store one linear weight.
+    """A way to store one linear weight; a lossless one stores any tensor.
 
     Its fields are its options: they are written to config.json as they are, and `--set KEY=VALUE` sets them. A scheme
     holds no tensors: the same object encodes, decodes and runs every weight that the plan gives it.
     """
 
     name: ClassVar[str]
-    lossless: ClassVar[bool] = False  # NaN and infinity are only accepted where they come back
+    lossless: ClassVar[bool] = False  # every bit comes back, so it takes every tensor, with NaN and infinity in it
     needs_calibration: ClassVar[bool] = False
+    locals: ClassVar[frozenset[str] | None] = None  # local names, where others may lie beside them in a module
+    sized_by_data: ClassVar[bool] = False  # what is stored depends on the values, and not only on their number
 
-    def fit(self, shape: tuple[int, int]) -> Scheme:
+    def fit(self, shape: tuple[int, ...]) -> Scheme:
         """The scheme for an (out_features, in_features) weight: itself, or for example with a group that divides it."""
         return self
 
+    def takes(self, spec: Spec) -> bool:
+        """Whether a tensor of this shape and dtype is worth storing so."""
+        return 0 not in spec.shape and spec.dtype in (torch.bfloat16, torch.float16, torch.float32)
+
     @abstractmethod
-    def specs(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Spec]:
-        """The tensors that `encode` makes of an (out_features, in_features) weight of `dtype`, by local name."""
+    def specs(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Spec]:
+        """The tensors that `encode` makes of an (out_features, in_features) weight of `dtype`, by local name.
+
+        Where `sized_by_data`, those that it may make, each at its largest.
+        """
+
+    def measure(self, weight: Tensor) -> int:
+        """Exact stored size of this very weight."""
+        return self.bytes(tuple(weight.shape), weight.dtype)
 
     @abstractmethod
     def encode(self, weight: Tensor) -> Tensors:
@@ -55,6 +68,19 @@ class Scheme(ABC):
     @abstractmethod
     def decode(self, tensors: Tensors) -> Tensor:
         """The weight that `tensors` stand for: (out_features, in_features), in the dtype that was encoded."""
+
+    def prepare(self, tensors: Tensors) -> Any:
+        """What `decode`, `rows` and `linear` run on for many calls, on the device of `tensors`: these, unless kernels
+        there want them laid out otherwise."""
+        return tensors
+
+    def recode(self, tensors: Tensors, **options: Any) -> tuple[Scheme, Tensors]:
+        """The same weight for other options, where that loses nothing. Raises ValueError where it would."""
+        raise ValueError(f"{self.name}: {', '.join(options)} is decided when a weight is compressed; leave it out")
+
+    def rows(self, tensors: Tensors, index: Tensor) -> Tensor:
+        """decode(tensors)[index]. Override where a few rows cost less than all of them."""
+        return self.decode(tensors)[index]
 
     @abstractmethod
     def original(self, specs: Mapping[str, Spec]) -> Spec:
@@ -69,9 +95,32 @@ class Scheme(ABC):
         """The `format` and `weights` of a compressed-tensors config group that reads this, if there is one."""
         return None
 
-    def bytes(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
-        """Exact stored size of an (out_features, in_features) weight of `dtype`."""
+    def bytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        """Stored size of an (out_features, in_features) weight of `dtype`: exact, or where `sized_by_data` the most."""
         return sum(spec.bytes for spec in self.specs(shape, dtype).values())
+
+    def check(self, specs: Mapping[str, Spec]) -> None:
+        """Raises ValueError, saying what is wrong, where the headers in `specs` are not those of one stored weight."""
+        try:
+            original = self.original(specs)
+            wanted = self.specs(original.shape, original.dtype)
+            missing = sorted(wanted.keys() - specs.keys())
+        except KeyError as error:
+            wanted, missing = {}, [error.args[0]]
+        if missing:
+            raise ValueError(f"no {missing[0]} is stored, so the checkpoint is incomplete; download it again")
+        for local, spec in wanted.items():
+            if not _fits(specs[local], spec):
+                raise ValueError(f"{local} is {specs[local]}, and {self.name} needs {spec}; download it again")
 
     def to_dict(self) -> dict[str, Any]:
         return {"scheme": self.name, **dataclasses.asdict(self)}
+
+
+def _fits(found: Spec, wanted: Spec) -> bool:
+    """The same shape and dtype; but others write one scale as () or (1, 1), and an integer in another width."""
+    if math.prod(found.shape) != math.prod(wanted.shape):
+        return False
+    if len(found.shape) == len(wanted.shape) and found.shape != wanted.shape:
+        return False
+    return found.dtype == wanted.dtype or wanted.dtype == torch.int64

@@ -8,7 +8,7 @@ each stored name ends in. A weight counts as linear when that parameter is the w
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,12 +103,15 @@ class Structure:
         self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
         self._head = model.get_output_embeddings()
         self.linears: dict[str, Linear] = {}
+        self.left_out: set[str] = set()
         for name in names:
             for linear in self._linears_of(name):
                 self.linears[linear.module] = linear
 
-    def leave_out(self, sources: Container[str]) -> None:
+    def leave_out(self, sources: Iterable[str]) -> None:
         """Drops the linears that are stored as one of `sources`, because another tensor stands for them."""
+        self.left_out = set(sources)
+        sources = self.left_out
         self.linears = {module: linear for module, linear in self.linears.items() if linear.source not in sources}
 
     def native_paths(self) -> list[str]:
@@ -134,6 +137,12 @@ class Structure:
             for linear, weight in zip(linears, weights, strict=True):
                 linear._parameters["weight"] = weight
         return True
+
+    def is_placed(self, name: str) -> bool:
+        """Whether the model has one parameter or buffer for the stored tensor `name`, or nothing at all: transformers
+        does not compute what the model holds from this and other tensors."""
+        target, pattern = self.target(name)
+        return pattern is None or target not in self.parameters
 
     def tied(self) -> dict[str, str]:
         """Parameter -> the parameter whose memory it shares."""

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compress.cli import main
+from compress.planning import VERSION
 
 BAD_INPUT, FAILED = 2, 1
 
@@ -130,7 +131,7 @@ DAMAGES = {
         lambda m: _change_config(m, quantization_config={"quant_method": "gptq"}), ("already compressed with 'gptq'",)
     ),
     "broken quantization": Damage(
-        lambda m: _change_config(m, quantization_config={"quant_method": "compress", "version": 1}),
+        lambda m: _change_config(m, quantization_config={"quant_method": "compress", "version": VERSION}),
         ("quantization_config is not whole",),
     ),
     "weights empty": Damage(lambda m: _truncate(m / WEIGHTS, 0), NOT_WHOLE),

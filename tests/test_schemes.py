@@ -14,7 +14,7 @@ from compress.registry import SCHEMES, make, options, scheme_class
 from compress.scheme import Scheme, Spec
 
 # |W - W'| / |W| that a Gaussian weight must stay under with the scheme's defaults.
-BOUNDS = {"int4": 0.11, "int8": 0.01, "fp8": 0.03}
+BOUNDS = {"int4": 0.11, "int8": 0.01, "fp8": 0.03, "df11": 1e-12}
 SHAPES = [(16, 128), (1, 128), (33, 96), (24, 172), (7, 131), (130, 257), (3, 1)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -58,8 +58,14 @@ def test_what_is_stored_is_what_was_planned_and_comes_back_in_shape_and_dtype(
         tensors = fitted.encode(weight)
         assert torch.equal(weight, before), "the input was changed"
         stored = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-        assert stored == fitted.specs(shape, dtype)
-        assert fitted.bytes(shape, dtype) == sum(tensor.nbytes for tensor in tensors.values())
+        planned, size = fitted.specs(shape, dtype), sum(tensor.nbytes for tensor in tensors.values())
+        if fitted.sized_by_data:
+            assert all(spec.bytes <= planned[n].bytes and spec.dtype == planned[n].dtype for n, spec in stored.items())
+            assert size == fitted.measure(weight) <= fitted.bytes(shape, dtype)
+        else:
+            assert stored == planned
+            assert size == fitted.measure(weight) == fitted.bytes(shape, dtype)
+        fitted.check(stored)
         assert fitted.original(stored) == Spec(dtype, shape)
         decoded = fitted.decode(tensors)
         assert (decoded.dtype, tuple(decoded.shape)) == (dtype, shape)
@@ -88,6 +94,15 @@ def test_linear_multiplies_with_the_decoded_weight(scheme: Scheme) -> None:
 
 
 @pytest.mark.parametrize("scheme", EVERY)
+def test_rows_are_those_of_the_decoded_weight(scheme: Scheme) -> None:
+    for shape in ((40, 128), (300, 257), (1, 64)):
+        fitted = scheme.fit(shape)
+        tensors = fitted.encode(gaussian(shape))
+        index = torch.tensor([[shape[0] - 1, 0, 0], [shape[0] // 2, 0, shape[0] - 1]])
+        assert torch.equal(fitted.rows(tensors, index), fitted.decode(tensors)[index])
+
+
+@pytest.mark.parametrize("scheme", EVERY)
 def test_zeros_come_back_as_zeros(scheme: Scheme) -> None:
     weight = torch.zeros(16, 128, dtype=torch.bfloat16)
     weight[3] = 1.0
@@ -101,6 +116,7 @@ def test_one_outlier_stays_finite_and_near(scheme: Scheme) -> None:
     weight[5, 7] = 1e4
     decoded = scheme.decode(scheme.encode(weight))
     assert decoded.isfinite().all()
+    assert not scheme.lossless or torch.equal(decoded, weight)
     assert abs(decoded[5, 7].item() / 1e4 - 1) < 0.6  # at 2 bits a symmetric grid ends short of its largest value
 
 

@@ -1,0 +1,237 @@
+"""DFloat11 (arXiv:2504.11651): lossless; the exponents are entropy-coded, sign and mantissa kept as they are.
+
+Their idea in a layout of our own: no reserved exponents, one table, chunks that decode independently; and beside
+Huffman codes the fixed-length ones of ZipServ (arXiv:2603.17435), which a matrix product can decode as it reads. Not
+their file format: `compress.dfloat11` reads that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.formats import fixed, huffman
+from compress.formats.compiled import empty
+from compress.scheme import Scheme, Spec, Tensors
+
+CHUNK = huffman.CHUNK
+SMALLEST = 1024  # weights; of fewer, table and names in the header take what the codes save
+_WORDS = {torch.bfloat16: np.uint16, torch.float16: np.uint16, torch.float32: np.uint16}
+_WORDS |= {torch.float8_e4m3fn: np.uint8, torch.float8_e5m2: np.uint8}
+
+
+@dataclass(frozen=True)
+class Df11(Scheme):
+    """Lossless: entropy-coded exponents beside sign and mantissa; every tensor, bit for bit.
+
+    A bfloat16 word is coded as its exponent, by `huffman` or by `fixed`-length codes, and the eight bits of sign and
+    mantissa. Of float16 the symbol is the exponent with three bits of the mantissa, of float32 the upper half is coded
+    like a bfloat16 (and the lower half not stored where it is zero everywhere), and of float8 the whole byte; float16
+    and float8 have Huffman codes also with coding=fixed. What does not get smaller is stored as it is.
+    """
+
+    name = "df11"
+    lossless = True
+    sized_by_data = True
+    locals: ClassVar[frozenset[str]] = frozenset(
+        ("sign_mantissa", "table", "chunk_bytes", "codes", "base", "escape_counts", "escapes", "low", "like", "weight")
+    )
+    coding: Literal["huffman", "fixed"] = "huffman"
+
+    def takes(self, spec: Spec) -> bool:
+        return spec.dtype in _WORDS and math.prod(spec.shape) >= SMALLEST
+
+    def specs(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Spec]:
+        count = math.prod(shape)
+        chunks, blocks = -(-count // CHUNK), -(-count // fixed.BLOCK)
+        specs = {"weight": Spec(dtype, shape)}  # where coding it would not make it smaller
+        if self._is_fixed(dtype):
+            specs |= {
+                "base": Spec(torch.uint8, (1,)),
+                "codes": Spec(torch.uint8, (blocks, fixed.BLOCK_BYTES)),
+                "escape_counts": Spec(torch.uint16, (blocks,)),
+                "escapes": Spec(torch.uint16, (count,)),
+            }
+        else:
+            specs |= {
+                "table": Spec(torch.uint8, (256, 2)),
+                "chunk_bytes": Spec(torch.uint16, (chunks,)),
+                "codes": Spec(torch.uint8, (count * huffman.LIMIT // 8 + chunks + huffman.PADDING,)),
+            }
+        if _WORDS[dtype] == np.uint16:
+            specs["sign_mantissa"] = Spec(torch.uint8, shape)
+        if dtype == torch.float32:
+            specs["low"] = Spec(torch.int16, shape)
+        if dtype != torch.bfloat16:
+            specs["like"] = Spec(dtype, (0, *shape))
+        return specs
+
+    def bytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        return math.prod(shape) * dtype.itemsize
+
+    def measure(self, weight: Tensor) -> int:
+        if not weight.numel():
+            return 0
+        words, low = _words(weight)
+        counts = huffman.histogram(words)
+        total = counts.sum(0, dtype=np.int64)
+        if self._is_fixed(weight.dtype):
+            base = fixed.window(total)
+            escapes = words.size - int(total[base : base + fixed.WINDOW].sum())
+            size = 1 + -(-words.size // fixed.BLOCK) * (fixed.BLOCK_BYTES + 2) + 2 * escapes
+        else:
+            table = huffman.code_table(total)
+            size = table.size + 2 * len(counts) + int(huffman.chunk_bytes(counts, table).sum()) + huffman.PADDING
+        size += words.size if words.itemsize == 2 else 0
+        size += 0 if low is None else low.nbytes
+        return int(min(size, weight.nbytes))
+
+    def encode(self, weight: Tensor) -> Tensors:
+        """weight: of any shape, bfloat16, float16, float32 or float8, any bits. Returns the tensors to store.
+
+        Raises ValueError for another dtype.
+        """
+        if not weight.numel():
+            return {"weight": weight}
+        words, low = _words(weight)
+        rest = empty(tuple(weight.shape) if words.itemsize == 2 else (0,), torch.uint8)
+        encode = _encode_fixed if self._is_fixed(weight.dtype) else _encode_huffman
+        tensors = encode(words, rest.view(-1).numpy())
+        if words.itemsize == 2:
+            tensors["sign_mantissa"] = rest
+        if low is not None:
+            tensors["low"] = low
+        if weight.dtype != torch.bfloat16:
+            tensors["like"] = torch.empty((0, *weight.shape), dtype=weight.dtype)
+        return tensors if sum(tensor.nbytes for tensor in tensors.values()) < weight.nbytes else {"weight": weight}
+
+    def decode(self, tensors: Tensors) -> Tensor:
+        """Raises ValueError where the codes are damaged."""
+        if "weight" in tensors:
+            return tensors["weight"]
+        original = self.original({name: Spec(t.dtype, tuple(t.shape)) for name, t in tensors.items()})
+        device, tensors = tensors["codes"].device, {name: tensor.cpu() for name, tensor in tensors.items()}
+        words = _decode(tensors, math.prod(original.shape), None)
+        return _from_words(words.view(original.shape), tensors.get("low"), original.dtype).to(device)
+
+    def recode(self, tensors: Tensors, **options: Any) -> tuple[Scheme, Tensors]:
+        scheme = Df11(**options)
+        return scheme, scheme.encode(self.decode(tensors))
+
+    def rows(self, tensors: Tensors, index: Tensor) -> Tensor:
+        """decode(tensors)[index] from the chunks that hold these rows. The weight is (rows, columns)."""
+        original = self.original({name: Spec(t.dtype, tuple(t.shape)) for name, t in tensors.items()})
+        rows, columns = original.shape
+        unique, inverse = index.cpu().unique(return_inverse=True)
+        if unique.numel() and (unique[0] < 0 or unique[-1] >= rows):
+            raise IndexError(f"row {unique[0] if unique[0] < 0 else unique[-1]} of a weight with {rows}")
+        if "weight" in tensors:
+            return tensors["weight"][index]
+        places = unique[:, None] * columns + torch.arange(columns)
+        chunks = (places // CHUNK).unique()
+        words = _decode({name: t.cpu() for name, t in tensors.items()}, rows * columns, chunks.numpy())
+        words = words[torch.searchsorted(chunks, places // CHUNK) * CHUNK + places % CHUNK]
+        low = tensors["low"].cpu()[unique] if "low" in tensors else None
+        return _from_words(words, low, original.dtype)[inverse].to(index.device)
+
+    def original(self, specs: Mapping[str, Spec]) -> Spec:
+        if "weight" in specs:
+            return specs["weight"]
+        if "like" in specs:
+            return Spec(specs["like"].dtype, specs["like"].shape[1:])
+        return Spec(torch.bfloat16, specs["sign_mantissa"].shape)
+
+    def check(self, specs: Mapping[str, Spec]) -> None:
+        if "weight" in specs:
+            return
+        try:
+            original = self.original(specs)
+            if original.dtype not in _WORDS:
+                raise ValueError(f"like is {specs['like']}, and {self.name} has no such dtype; download it again")
+            wanted = Df11("fixed" if "base" in specs else "huffman").specs(original.shape, original.dtype)
+        except KeyError as error:
+            raise ValueError(
+                f"no {error.args[0]} is stored, so the checkpoint is incomplete; download it again"
+            ) from None
+        missing = sorted(wanted.keys() - specs.keys() - {"weight", "low"})
+        if missing:
+            raise ValueError(f"no {missing[0]} is stored, so the checkpoint is incomplete; download it again")
+        for local, spec in specs.items():
+            if local not in wanted:
+                raise ValueError(f"{local} is {spec}, and beside the others {self.name} has none; download it again")
+            needed = wanted[local].shape
+            if local in ("table", "codes", "escapes"):  # of these there are as many as the values need
+                needed = (*spec.shape[:1], *needed[1:])
+            if spec != Spec(wanted[local].dtype, needed):
+                raise ValueError(f"{local} is {spec}, and {self.name} needs {wanted[local]}; download it again")
+
+    def _is_fixed(self, dtype: torch.dtype) -> bool:
+        return self.coding == "fixed" and dtype in (torch.bfloat16, torch.float32)
+
+
+def _words(weight: Tensor) -> tuple[Any, Tensor | None]:
+    """(n,) uint16 or uint8 that are coded, and the lower halves of a float32 that has bits there."""
+    if weight.dtype not in _WORDS:
+        raise ValueError(f"weight: df11 codes {', '.join(map(str, _WORDS))}, not {weight.dtype}")
+    weight = weight.detach().contiguous()
+    if weight.dtype != torch.float32:
+        dtype = _WORDS[weight.dtype]
+        return weight.view(-1).view(torch.int16 if dtype == np.uint16 else torch.uint8).numpy().view(dtype), None
+    bits = weight.view(torch.int32)
+    words = (bits >> 16).to(torch.int16).view(-1).numpy().view(np.uint16)
+    low = bits.to(torch.int16)  # the lower half: a conversion keeps the lower bits
+    return words, low if low.any() else None
+
+
+def _from_words(words: Tensor, low: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if dtype != torch.float32:
+        return words.view(dtype)
+    bits = words.to(torch.int32) << 16
+    return (bits if low is None else bits | (low.to(torch.int32) & 0xFFFF)).view(torch.float32)
+
+
+def _encode_huffman(words: Any, rest: Any) -> Tensors:
+    counts = huffman.histogram(words)
+    table = huffman.code_table(counts.sum(0, dtype=np.int64))
+    sizes = huffman.chunk_bytes(counts, table)
+    codes = huffman.encode(words, table, sizes, rest)
+    return {
+        "table": torch.from_numpy(table),
+        "chunk_bytes": torch.from_numpy(sizes.astype(np.uint16)),
+        "codes": torch.from_numpy(codes),
+    }
+
+
+def _encode_fixed(words: Any, rest: Any) -> Tensors:
+    base = fixed.window(huffman.histogram(words).sum(0, dtype=np.int64))
+    codes, counts, escapes = fixed.encode(words, base, rest)
+    return {
+        "base": torch.tensor([base], dtype=torch.uint8),
+        "codes": torch.from_numpy(codes),
+        "escape_counts": torch.from_numpy(counts),
+        "escapes": torch.from_numpy(escapes),
+    }
+
+
+def _decode(tensors: Tensors, count: int, chunks: Any) -> Tensor:
+    """The words of a tensor of `count` weights, int16 or uint8; of only some chunks where these are given."""
+    arrays = {name: tensor.contiguous().view(-1).numpy() for name, tensor in tensors.items() if name != "like"}
+    wide = "sign_mantissa" in tensors
+    size = count if chunks is None else len(chunks) * CHUNK
+    out = empty((size,), torch.int16 if wide else torch.uint8)
+    words = out.numpy().view(np.uint16) if wide else out.numpy()
+    rest = arrays["sign_mantissa"] if wide else np.empty(0, np.uint8)
+    if "base" in tensors:
+        codes = arrays["codes"].reshape(-1, fixed.BLOCK_BYTES)
+        counts, escapes = arrays["escape_counts"], arrays["escapes"]
+        fixed.decode(int(arrays["base"][0]), codes, counts, escapes, rest, words, count, chunks)
+    else:
+        table = arrays["table"].reshape(-1, 2)
+        huffman.decode(table, arrays["chunk_bytes"], arrays["codes"], rest, words, count, chunks)
+    return out
