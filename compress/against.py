@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from compress.formats import manifest
-from compress.pipeline import relative_error
+from compress.pipeline import relative_error, same_bits
 from compress.source import Source
 
 
@@ -28,7 +28,9 @@ class Comparison:
 def compare(out: Path, model: Path) -> Iterator[Comparison]:
     """A line for every tensor of `model`. Raises ValueError where `out` has no manifest."""
     ledger = manifest.unseal(out / manifest.NAME)["ledger"]
-    original, packed = Source(model), Source(out)
+    packed = Source(out, foreign=False)
+    foreign = not packed.base or not packed.packed  # what was packed before and stays packed is compared as it is
+    original, packed = Source(model, foreign), Source(out, foreign)
     for name in original.specs:
         yield _compare(name, ledger.get(name), original, packed)
         original.release(name)
@@ -48,7 +50,7 @@ def _compare(name: str, entry: dict[str, object] | None, original: Source, packe
     if packed.specs[kept] != original.specs[name]:
         return Comparison(name, action, False, 1.0, f"{original.specs[name]} became {packed.specs[kept]}")
     a, b = original.read(name), packed.read(kept)
-    equal = torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+    equal = same_bits(a, b)
     error = 0.0 if equal or not a.is_floating_point() else relative_error(_matrix(a), _matrix(b))
     exact = action != "coded" or all(p.scheme.lossless for p in packed.packed.values() if p.source == name)
     return Comparison(name, action, equal, error, _problem(entry, equal or not exact, original))

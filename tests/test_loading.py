@@ -156,11 +156,11 @@ def test_our_layout_of_another_version_is_refused(tiny_compressed: Compressed, t
     path = tmp_path / "later"
     shutil.copytree(tiny_compressed("gpt2", "fp8"), path)
     config = json.loads((path / "config.json").read_text())
-    config["quantization_config"]["version"] = 2
+    config["quantization_config"]["version"] = 99
     (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="layout version 2"):
+    with pytest.raises(ValueError, match="layout version 99"):
         compress.load(path)
-    with pytest.raises(ValueError, match="layout version 2"):
+    with pytest.raises(ValueError, match="layout version 99"):
         export(path, tmp_path / "out")
 
 

@@ -15,6 +15,7 @@ import compress
 from compress.export import export
 from compress.formats.checkpoint import Checkpoint
 from compress.kernels.linear import CompressedLinear
+from compress.planning import VERSION
 from compress.source import Source, read_json
 
 Tiny = Callable[[str], Path]
@@ -220,7 +221,7 @@ def test_a_slice_of_a_packed_3d_tensor_is_that_of_the_whole(tiny_compressed: Cal
     [
         ({"quant_method": "gptq", "bits": 4}, "already compressed with 'gptq'"),
         ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {}}}, "not whole"),
-        ({"quant_method": "compress", "version": 1}, "not whole"),
+        ({"quant_method": "compress", "version": VERSION}, "not whole"),
         ({"quant_method": "fp8", "weight_block_size": [64, 64]}, "weight_block_size"),
     ],
 )
