@@ -28,20 +28,25 @@ from transformers.utils.quantization_config import CompressedTensorsConfig, Quan
 
 from compress import planning
 from compress.formats.checkpoint import Checkpoint, weight_files
-from compress.kernels.experts import CompressedExperts
-from compress.kernels.linear import CompressedLinear, meta
+from compress.placement import Placement, packed_weights
+from compress.registry import make, scheme_class
 from compress.scheme import Spec
-from compress.structure import Linear, Structure, read_config
+from compress.store import Files
+from compress.structure import Structure, read_config
 
 METHOD = "compress"
 
 
 @register_quantization_config(METHOD)
 class CompressConfig(QuantizationConfigMixin):
-    """A `quantization_config` that we can run; `fields` is what config.json says, and what is saved again."""
+    """A `quantization_config` that we can run; `fields` is what config.json says, and what is saved again.
 
-    def __init__(self, **fields: Any) -> None:
+    options: of a lossless scheme, to run with instead of those it was stored with.
+    """
+
+    def __init__(self, options: Mapping[str, Any] | None = None, **fields: Any) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
+        self.options = options or {}
         self.fields: dict[str, Any] = fields.get("run", {"quant_method": METHOD, **fields})
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,39 +79,42 @@ class CompressQuantizer(HfQuantizer):
     ) -> None:
         if not checkpoint_files:
             raise ValueError("a compressed model is loaded from safetensors files, not from a state dict")
-        self._checkpoint = Checkpoint(Path(checkpoint_files[0]).parent)
-        specs = {name: Spec(entry.dtype, entry.shape) for name, entry in self._checkpoint.entries.items()}
-        modules = planning.from_config(self.quantization_config.fields, specs)
-        self._locals = planning.local_tensors(specs, modules)
-        self._loaded = _replace(model, modules, self._locals, specs)
-        self._tripwires = {p.source: specs[p.source] for p in modules.values() if specs.get(p.source) == _TRIPWIRE}
-        ours = {name for names in self._locals.values() for name in names.values()} | self._tripwires.keys()
+        fields = self.quantization_config.fields
+        checkpoint = Checkpoint(Path(checkpoint_files[0]).parent)
+        self._weights = packed_weights(Files(checkpoint), fields, str(model.config.dtype).removeprefix("torch."))
+        self._place = Placement(model, self._weights)
+        sources = {weight.packed.source for weight in self._weights.values()}
+        specs = Files(checkpoint).specs
+        self._tripwires = [name for name in sources if specs.get(name) == _TRIPWIRE]
+        ours = {name for weight in self._weights.values() for name in weight.files()} | set(self._tripwires)
         _ignore_when_loading(model, Structure(model, ()), ours)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        for name, linear in self._loaded.items():
-            for local, stored in self._locals[name].items():
-                linear.fill(local, self._checkpoint.read(stored))  # on the device that transformers chose
-                self._checkpoint.release(stored)
-            linear._non_persistent_buffers_set.clear()
+        self._place.fill(self.quantization_config.options)  # on the device that transformers chose
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `save_pretrained` writes: packed tensors under the names that the checkpoint has for them."""
-        prefixes = {id(linear): name for name, linear in self._loaded.items()}
-        owners = {path: prefixes[id(m)] for path, m in model.named_modules() if id(m) in prefixes}
+        prefixes = {id(module): name for name, module in self._place.loaded.items()}
+        modules = model.named_modules(remove_duplicate=False)  # a tied weight has several names
+        owners = {path: prefixes[id(module)] for path, module in modules if id(module) in prefixes}
         state = {}
         for key, tensor in model.state_dict().items():
             path, _, leaf = key.rpartition(".")
             local = "weight" if leaf == "qweight" else leaf
-            stored = self._locals[owners[path]].get(local, key) if path in owners else key
-            state[stored] = tensor
+            if path in owners and leaf != "bias":
+                key = self._weights[owners[path]].names.get(local, f"{owners[path]}.{leaf}")
+            state[key] = tensor
         for name in self._tripwires:
             state[name] = torch.empty(0, dtype=torch.uint8)
+        for module, target in self._place.dense.items():  # decoded when it was loaded
+            weight = self._weights[module]
+            tensors = weight.packed.scheme.encode(state.pop(target).cpu())
+            state |= {weight.names[local]: tensor for local, tensor in tensors.items()}
         return state, {}
 
     def is_serializable(self, **_: Any) -> bool:
-        return True
+        return "base" not in self.quantization_config.fields  # what lies below was decoded when it was loaded
 
     @property
     def is_trainable(self) -> bool:
@@ -114,52 +122,6 @@ class CompressQuantizer(HfQuantizer):
 
 
 _TRIPWIRE = Spec(torch.uint8, (0,))
-
-
-def _replace(
-    model: PreTrainedModel,
-    modules: Mapping[str, planning.Packed],
-    tensors: Mapping[str, Mapping[str, str]],
-    specs: Mapping[str, Spec],
-) -> dict[str, CompressedLinear]:
-    """Swaps the model's modules for compressed ones without memory; returns them by stored name."""
-    structure = Structure(model, dict.fromkeys(packed.source for packed in modules.values()))
-    experts: dict[str, list[Linear]] = {}
-    loaded = {}
-    for name, packed in modules.items():
-        linear = structure.linears.get(name)
-        if linear is None:
-            raise ValueError(f"config.json compresses {name}, which this model does not have")
-        local_specs = {local: specs[stored] for local, stored in tensors[name].items()}
-        shape = packed.scheme.original(local_specs).shape
-        bias = getattr(model.get_submodule(linear.path), "bias", None) if linear.expert is None else None
-        buffers = {local: meta(spec.dtype, spec.shape) for local, spec in local_specs.items()}
-        loaded[name] = CompressedLinear(packed.scheme, (shape[0], shape[1]), buffers, bias)
-        # Filled by us: transformers must neither look for these in the files nor report them missing.
-        loaded[name]._non_persistent_buffers_set.update(loaded[name]._buffers)
-        if linear.expert is None:
-            model.set_submodule(linear.path, loaded[name])
-        else:
-            experts.setdefault(linear.path, []).append(linear)
-    for path, parts in experts.items():
-        _replace_experts(model, path, parts, loaded)
-    if experts and hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # the others multiply with the whole 3-D parameter at once
-    return loaded
-
-
-def _replace_experts(
-    model: PreTrainedModel, path: str, linears: list[Linear], loaded: Mapping[str, CompressedLinear]
-) -> None:
-    owner_path, _, attribute = path.rpartition(".")
-    owner = model.get_submodule(owner_path)
-    count = owner._parameters[attribute].shape[0]  # type: ignore[union-attr]
-    rows: list[list[CompressedLinear]] = [[] for _ in range(count)]
-    for linear in sorted(linears, key=lambda linear: linear.part):
-        assert linear.expert is not None
-        rows[linear.expert].append(loaded[linear.module])
-    delattr(owner, attribute)
-    setattr(owner, attribute, CompressedExperts(rows, linears[0].transposed))
 
 
 def _ignore_when_loading(model: PreTrainedModel, structure: Structure, names: set[str]) -> None:
@@ -178,18 +140,21 @@ def check_device(device: str | torch.device | None) -> None:
         raise ValueError(f"device {device} cannot be used here: {reason}; cpu always can") from None
 
 
-def load(path: str | Path, device: str | torch.device | None = None) -> PreTrainedModel:
+def load(path: str | Path, device: str | torch.device | None = None, **options: Any) -> PreTrainedModel:
     """The model of a checkpoint directory, in eval mode and its stored dtype; compressed ones run on our kernels.
 
-    Raises ValueError where the directory is no checkpoint or compressed in a way unknown to us and to transformers.
+    options: of the lossless scheme that it is stored with, to be run with others (`coding="fixed"`). Raises ValueError
+    where the directory is no checkpoint or compressed in a way unknown to us and to transformers.
     """
     path = Path(path)
     check_device(device)
     weight_files(path)  # transformers would open a pickle where there is no safetensors file
     config = read_config(path)
     quantization = getattr(config, "quantization_config", None)
+    if options:
+        _check_options(path, quantization, options)
     if quantization and _ours(quantization):
-        config.quantization_config = {"quant_method": METHOD, "run": quantization}
+        config.quantization_config = {"quant_method": METHOD, "run": quantization, "options": options}
     with _no_progress_bar():
         model: PreTrainedModel = model_class(config).from_pretrained(
             path, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False
@@ -198,6 +163,17 @@ def load(path: str | Path, device: str | torch.device | None = None) -> PreTrain
         torch.nn.Module.to(model, device)
     model.eval()
     return model
+
+
+def _check_options(path: Path, quantization: Mapping[str, Any] | None, options: Mapping[str, Any]) -> None:
+    named = [fields["scheme"] for fields in (quantization or {}).get("schemes", ())]
+    lossless = [name for name in named if scheme_class(name).lossless]
+    if not lossless:
+        raise ValueError(
+            f"{path}: {', '.join(options)} can be chosen at loading only for what a lossless scheme stored"
+        )
+    for name in lossless:
+        make(name, options)
 
 
 @contextmanager

@@ -2,57 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 
-class LinearScheme(Protocol):
-    """What a scheme must do to run."""
+class RunningScheme(Protocol):
+    """What a scheme must do to run. `prepare` makes of the stored tensors what the others take."""
 
-    def decode(self, tensors: dict[str, Tensor]) -> Tensor: ...
+    def prepare(self, tensors: dict[str, Tensor]) -> Any: ...
 
-    def linear(self, x: Tensor, tensors: dict[str, Tensor], bias: Tensor | None = None) -> Tensor: ...
+    def decode(self, tensors: Any) -> Tensor: ...
+
+    def rows(self, tensors: Any, index: Tensor) -> Tensor: ...
+
+    def linear(self, x: Tensor, tensors: Any, bias: Tensor | None = None) -> Tensor: ...
 
 
-class CompressedLinear(nn.Module):
-    """A linear layer on packed tensors: y = x @ W.T + bias with W = scheme.decode(tensors)."""
+class CompressedModule(nn.Module):
+    """The packed tensors of one weight, as buffers, and the scheme that knows what they mean."""
 
-    def __init__(
-        self,
-        scheme: LinearScheme,
-        shape: tuple[int, int],
-        tensors: Mapping[str, Tensor],
-        bias: nn.Parameter | None = None,
-    ) -> None:
-        """shape: (out_features, in_features). tensors: by local name, on any device, "meta" before loading."""
+    def __init__(self, scheme: RunningScheme, shape: tuple[int, ...], tensors: Mapping[str, Tensor]) -> None:
+        """shape: of the weight. tensors: by local name, on any device, "meta" before loading."""
         super().__init__()
-        self.scheme = scheme
-        self.out_features, self.in_features = shape
-        self.local_names = tuple(tensors)
+        self.shape = torch.Size(shape)
+        self.replace(scheme, tensors)
+
+    def replace(self, scheme: RunningScheme, tensors: Mapping[str, Tensor]) -> None:
+        """Puts other tensors of the same weight, with the scheme that knows them, in the place of these."""
+        self._buffers.clear()
+        self.scheme, self.local_names = scheme, tuple(tensors)
+        self.is_filled = not any(tensor.is_meta for tensor in tensors.values())
+        self._prepared: Any = None
         for name, tensor in tensors.items():
             self.register_buffer(_attribute(name), tensor)
-        self.bias = bias
 
     def tensors(self) -> dict[str, Tensor]:
         """The packed tensors by local name."""
         return {name: self._buffers[_attribute(name)] for name in self.local_names}  # type: ignore[misc]
+
+    def running(self) -> Any:
+        """What the scheme runs on: made of the packed tensors once for the device that they are on."""
+        if self._prepared is None:
+            self._prepared = self.scheme.prepare(self.tensors())
+        return self._prepared
 
     def fill(self, name: str, tensor: Tensor) -> None:
         """Puts a copy of a loaded tensor where the local tensor `name` lies; one on "meta" is made on the CPU."""
         current = self.tensors()[name]
         device = "cpu" if current.is_meta else current.device
         setattr(self, _attribute(name), tensor.to(device, copy=True))
+        self._prepared = None
+
+    def decode(self) -> Tensor:
+        """The weight, decoded anew at every call; without memory as long as its tensors are not filled.
+
+        A model's own initialisation looks at weights before they are loaded.
+        """
+        return self.scheme.decode(self.running()) if self.is_filled else torch.empty(self.shape, device="meta")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedModule:
+        self._prepared = None  # the buffers move to another device
+        super()._apply(fn, recurse)
+        return self
+
+
+class CompressedLinear(CompressedModule):
+    """A linear layer on packed tensors: y = x @ W.T + bias with W = scheme.decode(tensors)."""
+
+    def __init__(
+        self,
+        scheme: RunningScheme,
+        shape: tuple[int, int],
+        tensors: Mapping[str, Tensor],
+        bias: nn.Parameter | None = None,
+    ) -> None:
+        """shape: (out_features, in_features). tensors: as in `CompressedModule`."""
+        super().__init__(scheme, shape, tensors)
+        self.out_features, self.in_features = shape
+        self.bias = bias
 
     @property
     def weight(self) -> Tensor:
         """(out_features, in_features): decoded anew at every access."""
-        return self.scheme.decode(self.tensors())
+        return self.decode()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scheme.linear(x, self.tensors(), self.bias)
+        return self.scheme.linear(x, self.running(), self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme}"
