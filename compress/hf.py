@@ -26,11 +26,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
 
-from compress import planning
+from compress import dfloat11, planning
 from compress.formats.checkpoint import Checkpoint, weight_files
 from compress.placement import Placement, packed_weights
 from compress.registry import make, scheme_class
 from compress.scheme import Spec
+from compress.source import Source
 from compress.store import Files
 from compress.structure import Structure, read_config
 
@@ -155,13 +156,26 @@ def load(path: str | Path, device: str | torch.device | None = None, **options: 
         _check_options(path, quantization, options)
     if quantization and _ours(quantization):
         config.quantization_config = {"quant_method": METHOD, "run": quantization, "options": options}
-    with _no_progress_bar():
-        model: PreTrainedModel = model_class(config).from_pretrained(
-            path, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False
-        )
+    if hasattr(config, dfloat11.KEY):
+        model = _load_dfloat11(path, config)
+    else:
+        with _no_progress_bar():
+            model = model_class(config).from_pretrained(
+                path, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False
+            )
     if device is not None:
         torch.nn.Module.to(model, device)
     model.eval()
+    return model
+
+
+def _load_dfloat11(path: Path, config: PretrainedConfig) -> PreTrainedModel:
+    """A checkpoint in DFloat11's own layout, decoded: transformers would load random weights."""
+    source = Source(path)
+    delattr(config, dfloat11.KEY)
+    state = {name: source.read(name) for name in source.specs}
+    with _no_progress_bar():
+        model: PreTrainedModel = model_class(config).from_pretrained(None, config=config, state_dict=state)
     return model
 
 

@@ -27,7 +27,9 @@ class Source:
         self.path = path
         self.config = read_json(path / "config.json")
         dfloat11_config = self.config.pop(dfloat11.KEY, None)
-        self.checkpoint = Checkpoint(path) if dfloat11_config is None else dfloat11.AllFiles(path)
+        self.checkpoint = Checkpoint(
+            path, unlisted=dfloat11_config is not None
+        )  # a DFloat11 unit has a file of its own
         self.packed: dict[str, Packed] = {}
         self.base: dict[str, Any] | None = None
         self._store: Store = Files(self.checkpoint)

@@ -57,14 +57,18 @@ class Entry:
 class Checkpoint:
     """The tensors of a directory of safetensors files.
 
-    Raises ValueError, naming file and remedy, for a directory without a checkpoint, with pickles only, with a missing
-    shard, or with a file whose header does not describe its bytes.
+    unlisted: also of files that the usual names and an index leave out. Raises ValueError, naming file and remedy, for
+    a directory without a checkpoint, with pickles only, with a missing shard, or with a file whose header does not
+    describe its bytes.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, unlisted: bool = False) -> None:
         self.path = path
         self.entries: dict[str, Entry] = {}
-        for file in weight_files(path):
+        files = dict.fromkeys(weight_files(path)) | dict.fromkeys(
+            sorted(path.glob("*.safetensors")) if unlisted else ()
+        )
+        for file in files:
             for name, entry in _read_header(file).items():
                 if name in self.entries:
                     raise ValueError(f"{file}: tensor {name!r} is also in {self.entries[name].file.name}")
