@@ -18,12 +18,11 @@ from torch import Tensor
 
 from compress.formats import fixed, huffman
 from compress.formats.compiled import empty
+from compress.formats.words import WIDTHS, join, split
+from compress.kernels import df11 as kernels
 from compress.scheme import Scheme, Spec, Tensors
 
-CHUNK = huffman.CHUNK
 SMALLEST = 1024  # weights; of fewer, table and names in the header take what the codes save
-_WORDS = {torch.bfloat16: np.uint16, torch.float16: np.uint16, torch.float32: np.uint16}
-_WORDS |= {torch.float8_e4m3fn: np.uint8, torch.float8_e5m2: np.uint8}
 
 
 @dataclass(frozen=True)
@@ -45,11 +44,11 @@ class Df11(Scheme):
     coding: Literal["huffman", "fixed"] = "huffman"
 
     def takes(self, spec: Spec) -> bool:
-        return spec.dtype in _WORDS and math.prod(spec.shape) >= SMALLEST
+        return spec.dtype in WIDTHS and math.prod(spec.shape) >= SMALLEST
 
     def specs(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Spec]:
         count = math.prod(shape)
-        chunks, blocks = -(-count // CHUNK), -(-count // fixed.BLOCK)
+        chunks, blocks = -(-count // huffman.CHUNK), -(-count // fixed.BLOCK)
         specs = {"weight": Spec(dtype, shape)}  # where coding it would not make it smaller
         if self._is_fixed(dtype):
             specs |= {
@@ -64,7 +63,7 @@ class Df11(Scheme):
                 "chunk_bytes": Spec(torch.uint16, (chunks,)),
                 "codes": Spec(torch.uint8, (count * huffman.LIMIT // 8 + chunks + huffman.PADDING,)),
             }
-        if _WORDS[dtype] == np.uint16:
+        if WIDTHS[dtype] == 2:
             specs["sign_mantissa"] = Spec(torch.uint8, shape)
         if dtype == torch.float32:
             specs["low"] = Spec(torch.int16, shape)
@@ -78,7 +77,7 @@ class Df11(Scheme):
     def measure(self, weight: Tensor) -> int:
         if not weight.numel():
             return 0
-        words, low = _words(weight)
+        words, low = split(weight)
         counts = huffman.histogram(words)
         total = counts.sum(0, dtype=np.int64)
         if self._is_fixed(weight.dtype):
@@ -99,7 +98,7 @@ class Df11(Scheme):
         """
         if not weight.numel():
             return {"weight": weight}
-        words, low = _words(weight)
+        words, low = split(weight)
         rest = empty(tuple(weight.shape) if words.itemsize == 2 else (0,), torch.uint8)
         encode = _encode_fixed if self._is_fixed(weight.dtype) else _encode_huffman
         tensors = encode(words, rest.view(-1).numpy())
@@ -111,34 +110,47 @@ class Df11(Scheme):
             tensors["like"] = torch.empty((0, *weight.shape), dtype=weight.dtype)
         return tensors if sum(tensor.nbytes for tensor in tensors.values()) < weight.nbytes else {"weight": weight}
 
-    def decode(self, tensors: Tensors) -> Tensor:
-        """Raises ValueError where the codes are damaged."""
+    def decode(self, tensors: Any) -> Tensor:
+        """tensors: as stored, or as `prepare` returns them. Raises ValueError where the codes are damaged."""
+        if isinstance(tensors, _Prepared):
+            words = tensors.coded.decode().view(tensors.original.shape)
+            return join(words, tensors.low, tensors.original.dtype)
         if "weight" in tensors:
             return tensors["weight"]
-        original = self.original({name: Spec(t.dtype, tuple(t.shape)) for name, t in tensors.items()})
-        device, tensors = tensors["codes"].device, {name: tensor.cpu() for name, tensor in tensors.items()}
-        words = _decode(tensors, math.prod(original.shape), None)
-        return _from_words(words.view(original.shape), tensors.get("low"), original.dtype).to(device)
+        original = _original(tensors)
+        words = kernels.decode(tensors, math.prod(original.shape)).view(original.shape)
+        low = tensors.get("low")
+        return join(words, None if low is None else low.cpu(), original.dtype).to(tensors["codes"].device)
+
+    def prepare(self, tensors: Tensors) -> Any:
+        coded = None if "weight" in tensors else kernels.on_gpu(tensors)
+        return tensors if coded is None else _Prepared(_original(tensors), coded, tensors.get("low"))
+
+    def linear(self, x: Tensor, tensors: Any, bias: Tensor | None = None) -> Tensor:
+        """tensors: as stored, or as `prepare` returns them: then without a decoded weight where coding=fixed."""
+        if isinstance(tensors, _Prepared) and tensors.low is None and tensors.original.dtype != torch.float16:
+            y = tensors.coded.linear(x, bias)
+            if y is not None:
+                return y
+        return super().linear(x, tensors, bias)
 
     def recode(self, tensors: Tensors, **options: Any) -> tuple[Scheme, Tensors]:
         scheme = Df11(**options)
         return scheme, scheme.encode(self.decode(tensors))
 
-    def rows(self, tensors: Tensors, index: Tensor) -> Tensor:
-        """decode(tensors)[index] from the chunks that hold these rows. The weight is (rows, columns)."""
-        original = self.original({name: Spec(t.dtype, tuple(t.shape)) for name, t in tensors.items()})
-        rows, columns = original.shape
+    def rows(self, tensors: Any, index: Tensor) -> Tensor:
+        """decode(tensors)[index]; on the CPU from the chunks that hold these rows. The weight is (rows, columns)."""
+        if isinstance(tensors, _Prepared):
+            return self.decode(tensors)[index]
+        rows, columns = _original(tensors).shape
         unique, inverse = index.cpu().unique(return_inverse=True)
-        if unique.numel() and (unique[0] < 0 or unique[-1] >= rows):
-            raise IndexError(f"row {unique[0] if unique[0] < 0 else unique[-1]} of a weight with {rows}")
+        if unique.numel() and not 0 <= int(unique[0]) <= int(unique[-1]) < rows:
+            raise IndexError(f"rows {int(unique[0])} to {int(unique[-1])} of a weight with {rows}")
         if "weight" in tensors:
             return tensors["weight"][index]
-        places = unique[:, None] * columns + torch.arange(columns)
-        chunks = (places // CHUNK).unique()
-        words = _decode({name: t.cpu() for name, t in tensors.items()}, rows * columns, chunks.numpy())
-        words = words[torch.searchsorted(chunks, places // CHUNK) * CHUNK + places % CHUNK]
+        words = kernels.decode_rows(tensors, (rows, columns), unique)
         low = tensors["low"].cpu()[unique] if "low" in tensors else None
-        return _from_words(words, low, original.dtype)[inverse].to(index.device)
+        return join(words, low, _original(tensors).dtype)[inverse].to(index.device)
 
     def original(self, specs: Mapping[str, Spec]) -> Spec:
         if "weight" in specs:
@@ -152,9 +164,10 @@ class Df11(Scheme):
             return
         try:
             original = self.original(specs)
-            if original.dtype not in _WORDS:
+            if original.dtype not in WIDTHS:
                 raise ValueError(f"like is {specs['like']}, and {self.name} has no such dtype; download it again")
-            wanted = Df11("fixed" if "base" in specs else "huffman").specs(original.shape, original.dtype)
+            is_fixed = not specs.keys().isdisjoint(("base", "escape_counts", "escapes"))
+            wanted = Df11("fixed" if is_fixed else "huffman").specs(original.shape, original.dtype)
         except KeyError as error:
             raise ValueError(
                 f"no {error.args[0]} is stored, so the checkpoint is incomplete; download it again"
@@ -175,25 +188,17 @@ class Df11(Scheme):
         return self.coding == "fixed" and dtype in (torch.bfloat16, torch.float32)
 
 
-def _words(weight: Tensor) -> tuple[Any, Tensor | None]:
-    """(n,) uint16 or uint8 that are coded, and the lower halves of a float32 that has bits there."""
-    if weight.dtype not in _WORDS:
-        raise ValueError(f"weight: df11 codes {', '.join(map(str, _WORDS))}, not {weight.dtype}")
-    weight = weight.detach().contiguous()
-    if weight.dtype != torch.float32:
-        dtype = _WORDS[weight.dtype]
-        return weight.view(-1).view(torch.int16 if dtype == np.uint16 else torch.uint8).numpy().view(dtype), None
-    bits = weight.view(torch.int32)
-    words = (bits >> 16).to(torch.int16).view(-1).numpy().view(np.uint16)
-    low = bits.to(torch.int16)  # the lower half: a conversion keeps the lower bits
-    return words, low if low.any() else None
+@dataclass(frozen=True)
+class _Prepared:
+    """A weight on a GPU, laid out for its kernels."""
+
+    original: Spec
+    coded: kernels.OnGpu
+    low: Tensor | None
 
 
-def _from_words(words: Tensor, low: Tensor | None, dtype: torch.dtype) -> Tensor:
-    if dtype != torch.float32:
-        return words.view(dtype)
-    bits = words.to(torch.int32) << 16
-    return (bits if low is None else bits | (low.to(torch.int32) & 0xFFFF)).view(torch.float32)
+def _original(tensors: Tensors) -> Spec:
+    return Df11().original({name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
 
 
 def _encode_huffman(words: Any, rest: Any) -> Tensors:
@@ -217,21 +222,3 @@ def _encode_fixed(words: Any, rest: Any) -> Tensors:
         "escape_counts": torch.from_numpy(counts),
         "escapes": torch.from_numpy(escapes),
     }
-
-
-def _decode(tensors: Tensors, count: int, chunks: Any) -> Tensor:
-    """The words of a tensor of `count` weights, int16 or uint8; of only some chunks where these are given."""
-    arrays = {name: tensor.contiguous().view(-1).numpy() for name, tensor in tensors.items() if name != "like"}
-    wide = "sign_mantissa" in tensors
-    size = count if chunks is None else len(chunks) * CHUNK
-    out = empty((size,), torch.int16 if wide else torch.uint8)
-    words = out.numpy().view(np.uint16) if wide else out.numpy()
-    rest = arrays["sign_mantissa"] if wide else np.empty(0, np.uint8)
-    if "base" in tensors:
-        codes = arrays["codes"].reshape(-1, fixed.BLOCK_BYTES)
-        counts, escapes = arrays["escape_counts"], arrays["escapes"]
-        fixed.decode(int(arrays["base"][0]), codes, counts, escapes, rest, words, count, chunks)
-    else:
-        table = arrays["table"].reshape(-1, 2)
-        huffman.decode(table, arrays["chunk_bytes"], arrays["codes"], rest, words, count, chunks)
-    return out
