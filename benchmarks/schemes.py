@@ -13,6 +13,8 @@ from typing import Any
 import compress
 
 RUNS: list[tuple[str, dict[str, Any]]] = [
+    ("df11", {}),
+    ("df11", {"coding": "fixed"}),
     ("int8", {}),
     ("fp8", {}),
     ("fp8", {"granularity": "tensor"}),

@@ -23,6 +23,7 @@ from compress.formats.shard import ShardWriter, write_index
 
 HIDDEN, FFN, KV, VOCAB = 4096, 14336, 1024, 32000
 COMMANDS = (("int4",), ("int4", "--set", "clip=absmax"), ("fp8",), ("fp8", "--set", "granularity=block"))
+COMMANDS += (("df11",), ("df11", "--set", "coding=fixed"))
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

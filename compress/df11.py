@@ -61,7 +61,7 @@ class Df11(Scheme):
             specs |= {
                 "table": Spec(torch.uint8, (256, 2)),
                 "chunk_bytes": Spec(torch.uint16, (chunks,)),
-                "codes": Spec(torch.uint8, (count * huffman.LIMIT // 8 + chunks + huffman.PADDING,)),
+                "codes": Spec(torch.uint8, (huffman.padded(count * huffman.LIMIT // 8 + chunks),)),
             }
         if WIDTHS[dtype] == 2:
             specs["sign_mantissa"] = Spec(torch.uint8, shape)
@@ -86,7 +86,7 @@ class Df11(Scheme):
             size = 1 + -(-words.size // fixed.BLOCK) * (fixed.BLOCK_BYTES + 2) + 2 * escapes
         else:
             table = huffman.code_table(total)
-            size = table.size + 2 * len(counts) + int(huffman.chunk_bytes(counts, table).sum()) + huffman.PADDING
+            size = table.size + 2 * len(counts) + huffman.padded(huffman.chunk_bytes(counts, table).sum())
         size += words.size if words.itemsize == 2 else 0
         size += 0 if low is None else low.nbytes
         return int(min(size, weight.nbytes))
@@ -115,12 +115,13 @@ class Df11(Scheme):
         if isinstance(tensors, _Prepared):
             words = tensors.coded.decode().view(tensors.original.shape)
             return join(words, tensors.low, tensors.original.dtype)
-        if "weight" in tensors:
-            return tensors["weight"]
-        original = _original(tensors)
-        words = kernels.decode(tensors, math.prod(original.shape)).view(original.shape)
-        low = tensors.get("low")
-        return join(words, None if low is None else low.cpu(), original.dtype).to(tensors["codes"].device)
+        stored: Tensors = tensors
+        if "weight" in stored:
+            return stored["weight"]
+        original = _original(stored)
+        words = kernels.decode(stored, math.prod(original.shape)).view(original.shape)
+        low = stored["low"].cpu() if "low" in stored else None
+        return join(words, low, original.dtype).to(stored["codes"].device)
 
     def prepare(self, tensors: Tensors) -> Any:
         coded = None if "weight" in tensors else kernels.on_gpu(tensors)
@@ -142,15 +143,16 @@ class Df11(Scheme):
         """decode(tensors)[index]; on the CPU from the chunks that hold these rows. The weight is (rows, columns)."""
         if isinstance(tensors, _Prepared):
             return self.decode(tensors)[index]
-        rows, columns = _original(tensors).shape
+        stored: Tensors = tensors
+        rows, columns = _original(stored).shape
         unique, inverse = index.cpu().unique(return_inverse=True)
         if unique.numel() and not 0 <= int(unique[0]) <= int(unique[-1]) < rows:
             raise IndexError(f"rows {int(unique[0])} to {int(unique[-1])} of a weight with {rows}")
-        if "weight" in tensors:
-            return tensors["weight"][index]
-        words = kernels.decode_rows(tensors, (rows, columns), unique)
-        low = tensors["low"].cpu()[unique] if "low" in tensors else None
-        return join(words, low, _original(tensors).dtype)[inverse].to(index.device)
+        if "weight" in stored:
+            return stored["weight"][index]
+        words = kernels.decode_rows(stored, (rows, columns), unique)
+        low = stored["low"].cpu()[unique] if "low" in stored else None
+        return join(words, low, _original(stored).dtype)[inverse].to(index.device)
 
     def original(self, specs: Mapping[str, Spec]) -> Spec:
         if "weight" in specs:

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from compress.registry import scheme_class
 from compress.sizes import show
 
 
@@ -62,13 +63,24 @@ def card(report: Report, command: str, loader: str | None) -> str:
         f"Made from `{report.model}` by [compress](compress.json):\n\n    {command}\n",
         f"Scheme `{report.scheme}` ({options}). {show(report.bytes)} of tensors, {report.ratio:.2f} times smaller than "
         f"{show(report.original_bytes)}; {bits}{report.bits_per_weight_model:.3f} over the whole model.\n",
+        *([_LOSSLESS] if is_lossless(report) else []),
         _scores(report.evaluation),
         _loading(loader),
-        "`compress verify DIR` checks every byte; `compress export DIR --to bf16 -o PLAIN` writes plain weights.\n",
+        "`compress verify DIR` checks every byte; "
+        f"`compress export DIR --to {'original' if is_lossless(report) else 'bf16'} -o PLAIN` writes plain weights.\n",
     ]
     if report.notes:
         parts.append("## Notes\n\n" + "".join(f"- {note}\n" for note in report.notes))
     return "\n".join(parts)
+
+
+_LOSSLESS = "Lossless: each tensor was decoded after it was coded, and equalled the original in every bit.\n"
+
+
+def is_lossless(report: Report) -> bool:
+    """Whether everything that was compressed comes back bit for bit."""
+    schemes = {line["scheme"] for line in report.tensors} - {None}
+    return bool(schemes) and all(scheme_class(scheme).lossless for scheme in schemes)
 
 
 def _scores(evaluation: dict[str, Any] | None) -> str:

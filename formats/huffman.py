@@ -18,7 +18,7 @@ from compress.formats.compiled import in_threads, jit, load64, store64
 
 CHUNK = 1 << 14  # symbols
 LIMIT = 12  # bits of the longest code: the decoder's table of 2**12 entries stays in a core's first two caches
-PADDING = 8  # bytes after the last code, so that 64 bits can be loaded at any of them
+PADDING = 8  # bytes at least after the last code, so that 64 bits can be loaded at any of them
 _AT_ONCE = 6  # symbols that one look-up gives at most
 _STRIDE = CHUNK + 32  # of the four chunks in the decoder's scratch; 8 bytes are stored where fewer count
 _MASK = np.uint64((1 << LIMIT) - 1)
@@ -85,13 +85,18 @@ def chunk_bytes(counts: Any, table: Any) -> Any:
     return (counts @ lengths + 7) // 8
 
 
+def padded(size: int) -> int:
+    """Bytes that are stored for `size` bytes of codes: whole words of 64 bits, which a GPU reads as they lie."""
+    return -(-int(size) // 8) * 8 + PADDING
+
+
 def encode(words: Any, table: Any, sizes: Any, rest: Any) -> Any:
     """words: (n,) uint16 or uint8. sizes: (chunks,), as `chunk_bytes` gives. rest: (n,) uint8 to be filled, or of size
-    0 for 8-bit words. Returns the codes, (sum of sizes + 8,) uint8.
+    0 for 8-bit words. Returns the codes, (`padded(sum of sizes)`,) uint8.
     """
     offsets = _offsets(sizes)
-    codes = np.zeros(offsets[-1] + PADDING, np.uint8)
-    pairs = np.zeros(1 << 16, np.uint32)  # a symbol without a code takes no bits, so that no code goes past the room
+    codes = np.zeros(padded(offsets[-1]), np.uint8)
+    pairs = np.zeros(1 << 16, np.uint32)  # no bits for a symbol that was not counted
     _fill_pairs(table[:, 0], _code_words(table), pairs)
     in_threads(_encode_chunks, len(sizes), words.size, words, pairs, offsets, codes, rest)
     return codes
@@ -102,15 +107,15 @@ def decode(
 ) -> None:
     """The inverse of `encode`: fills out, (n,) uint16 with rest (n,) uint8, or uint8 with a rest of size 0.
 
-    chunks: only these of `count` words, ascending, one after the other at every 16384th place of out; the last one of
-    all is short. Raises ValueError where codes, sizes and rest do not fit together.
+    chunks: only these of the chunks of `count` words, in ascending order, at every 16384th place of out; the very last
+    one may be short. Raises ValueError where table, sizes, codes and rest do not fit together.
     """
     check_table(table)
     offsets = _offsets(sizes)
     total = out.size if count is None else count
     which = np.arange(len(sizes)) if chunks is None else chunks
     fits = rest.size == (total if out.itemsize == 2 else 0) and len(sizes) == -(-total // CHUNK)
-    if not fits or codes.size != offsets[-1] + PADDING:
+    if not fits or codes.size != padded(offsets[-1]):
         raise ValueError("the codes are cut off or damaged; download the checkpoint again")
     single = np.empty(1 << LIMIT, np.uint16)
     several = np.empty(1 << LIMIT, np.uint64)

@@ -66,10 +66,12 @@ class OnGpu:
         return words.view(-1)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
-        """x @ W.T + bias, where that needs no decoded W: for fixed-length codes of a bfloat16 weight, else None."""
+        """x @ W.T + bias for a bfloat16 W with fixed-length codes and a few tokens; None where decoding W is better."""
         from compress.kernels import df11_triton
 
-        return df11_triton.linear_fixed(x, self.coded, bias) if isinstance(self.coded, df11_triton.Fixed) else None
+        few = x.numel() <= df11_triton.FUSED_TOKENS * x.shape[-1]
+        fused = few and isinstance(self.coded, df11_triton.Fixed)
+        return df11_triton.linear_fixed(x, self.coded, bias) if fused else None
 
 
 def on_gpu(tensors: dict[str, Tensor]) -> OnGpu | None:

@@ -1,0 +1,184 @@
+"""The Triton kernels of df11: in Triton's interpreter, and compiled for three GPUs without having one.
+
+`python tests/test_df11_triton.py` writes benchmarks/results/kernels.json: registers, stack and shared memory of every
+kernel. Without Triton everything here is skipped.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+TABLE = Path(__file__).parents[1] / "benchmarks/results/kernels.json"
+CAPABILITIES = (80, 90, 100)
+# What the GPU reads (A100: 163 KiB; H100, H200 and B200: 227 KiB) of shared memory for one program.
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+
+_WORDS = {"sign_mantissa": "*u32", "codes": "*u32", "constants": "*u32"}
+_BYTES = {"sign_mantissa": "*u8", "codes": "*u8", "constants": "*u32"}
+_ESCAPES = {"row_start": "*i32", "escapes": "*u32"}
+_SIZES = {"N": "i32", "K": "i32"}
+_TOKEN = {"x": "*u64", "x_values": "*bf16", **_SIZES}
+_TOKENS = {"x": "*bf16", "partial": "*fp32", "M": "i32", **_SIZES}
+_FINISH = {"partial": "*fp32", "xt": "*bf16", **_ESCAPES, "constants": "*u32", "y": "*bf16", "M": "i32", "N": "i32"}
+_STREAM = {"codes": "*u64", "lookup": "*u16", "groups": "*i64", "segments": "*u16", "words": "i32", "count": "i32"}
+_GROUPS = {"SEGMENT": 128, "GROUP": 32}
+
+# name -> kernel, types of its arguments, its constants ("bf16" stands for the dtype), warps and stages, as
+# df11_triton.py launches it; pointers are multiples of 16 bytes, and N and K of 16 unless the name says otherwise.
+KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any], tuple[int, int]]] = {
+    "decode_fixed": (
+        "decode_fixed",
+        {**_WORDS, **_ESCAPES, "out": "*i16", "out_quads": "*u64", **_SIZES},
+        {"ROWS": 1, "LANES": 128, "ALIGNED": True},
+        (4, 3),
+    ),
+    "decode_fixed, any K": (
+        "decode_fixed",
+        {**_BYTES, **_ESCAPES, "out": "*i16", "out_quads": "*i16", **_SIZES},
+        {"ROWS": 4, "LANES": 128, "ALIGNED": False},
+        (4, 3),
+    ),
+    "decode_huffman": (
+        "decode_huffman",
+        {**_STREAM, "sign_mantissa": "*u32", "constants": "*u32", "out": "*u64", "quads": "i32"},
+        {"LANES": 128, **_GROUPS, "WIDE": True},
+        (4, 3),
+    ),
+    "scan": (
+        "scan",
+        {**_STREAM, "starts": "*i64", "chunks": "i32", "steps": "i32"},
+        {"LANES": 32, "CHUNK": 1 << 14, **_GROUPS},
+        (1, 3),
+    ),
+    "gemv": (
+        "gemv",
+        {**_WORDS, **_ESCAPES, **_TOKEN, "y": "*bf16"},
+        {"bias": None, "X": "bf16", "ROWS": 4, "LANES": 128, "SPLIT": 1, "EVEN": True},
+        (4, 3),
+    ),
+    "gemv, K split": (
+        "gemv",
+        {**_WORDS, **_ESCAPES, **_TOKEN, "y": "*fp32"},
+        {"bias": None, "X": "bf16", "ROWS": 1, "LANES": 128, "SPLIT": 4, "EVEN": False},
+        (4, 3),
+    ),
+    "matmul, 16 tokens": (
+        "matmul",
+        {**_WORDS, **_TOKENS},
+        {"DOT": "bf16", "BLOCK_M": 16, "BLOCK_N": 64, "SPLIT": 4, "ALIGNED": True},
+        (4, 3),
+    ),
+    "matmul, 128 tokens": (
+        "matmul",
+        {**_WORDS, **_TOKENS},
+        {"DOT": "bf16", "BLOCK_M": 128, "BLOCK_N": 64, "SPLIT": 1, "ALIGNED": True},
+        (8, 2),
+    ),
+    "matmul, any K": (
+        "matmul",
+        {**_BYTES, **_TOKENS},
+        {"DOT": "bf16", "BLOCK_M": 16, "BLOCK_N": 64, "SPLIT": 4, "ALIGNED": False},
+        (4, 3),
+    ),
+    "finish": (
+        "finish",
+        _FINISH,
+        {"bias": None, "BLOCK_M": 16, "BLOCK_N": 4, "ESCAPES": 16, "SPLIT": 4},
+        (4, 3),
+    ),
+}
+
+
+def compile_kernel(name: str, capability: int) -> dict[str, int]:
+    """Registers of a thread, bytes of its stack (what does not fit in registers) and of a program's shared memory."""
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from compress.kernels import df11_kernels
+
+    kernel, types, constants, (warps, stages) = KERNELS[name]
+    function = getattr(df11_kernels, kernel)
+    constants = {key: tl.bfloat16 if value == "bf16" else value for key, value in constants.items()}
+    signature = {argument: types.get(argument, "constexpr") for argument in function.arg_names}
+    aligned = [
+        key for key, kind in signature.items() if kind.startswith("*") or ("any K" not in name and key in _SIZES)
+    ]
+    attributes = {(function.arg_names.index(key),): [["tt.divisibility", 16]] for key in aligned}
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": warps, "num_stages": stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    return {"registers": int(found[1]), "stack": int(found[2]), "shared": compiled.metadata.shared}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreted() -> Iterator[subprocess.Popen[str]]:
+    """The tests in the interpreter, which run on another core while this process compiles."""
+    path = Path(__file__).parent / "triton_interpreted.py"
+    with subprocess.Popen(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=path.parents[1],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        yield process
+        process.kill()
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_compiles_to_what_the_table_says(
+    name: str, capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if os.environ.get("TRITON_INTERPRET"):
+        pytest.skip("nothing can be compiled while TRITON_INTERPRET is set")
+    import triton
+
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # unset, 3.9 warns that 3.10 will change the default
+    found = compile_kernel(name, capability)
+    assert found["shared"] <= SHARED_LIMIT[capability]
+    assert found["stack"] == 0
+    table = json.loads(TABLE.read_text())
+    if triton.__version__ != table["triton"]:
+        return  # another compiler allocates otherwise
+    wanted = table["kernels"][name][str(capability)]
+    # Registers are handed out in eights, so a few more cost nothing that matters; many more halve a kernel's warps.
+    assert found["registers"] <= wanted["registers"] + 8
+    assert (found["stack"], found["shared"]) == (wanted["stack"], wanted["shared"])
+
+
+def test_the_kernels_in_the_interpreter(interpreted: subprocess.Popen[str]) -> None:
+    output, _ = interpreted.communicate()
+    assert interpreted.returncode == 0, output
+
+
+def write_table() -> None:
+    import triton
+
+    kernels = {name: {str(cc): compile_kernel(name, cc) for cc in CAPABILITIES} for name in KERNELS}
+    TABLE.write_text(json.dumps({"triton": triton.__version__, "kernels": kernels}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
+    write_table()
