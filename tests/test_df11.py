@@ -91,8 +91,6 @@ def assert_lossless(weight: Tensor, scheme: Df11) -> Tensors:
     return tensors
 
 
-EMPTY = pytest.mark.xfail(raises=RuntimeError, strict=True, reason="compiled.empty fails for no elements of 16 bits")
-
 # Every bit comes back
 
 SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 5, 7, 16, 31, 64, 129, 257]), max_size=3).filter(
@@ -327,7 +325,7 @@ def test_rows_are_those_of_the_whole(shape: tuple[int, int], kind: str, dtype: t
 
 
 @pytest.mark.parametrize("scheme", CODINGS, ids=str)
-@pytest.mark.parametrize("dtype", [*(pytest.param(d, marks=EMPTY) for d in DTYPES[:3]), *DTYPES[3:]], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_rows_are_none(dtype: torch.dtype, scheme: Df11) -> None:
     tensors = scheme.encode(values("gaussian", 4000, dtype).view(40, 100))
     for shape in ((0,), (2, 0)):
