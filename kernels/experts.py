@@ -81,4 +81,6 @@ class CompressedExperts(nn.Module):
 
 
 def _dense(value: Any) -> Any:
+    if isinstance(value, list | tuple):  # torch.cat
+        return [_dense(item) for item in value]
     return value.dense() if isinstance(value, ExpertWeight | CompressedExperts) else value

@@ -55,4 +55,6 @@ class CompressedWeight(CompressedModule):
 
 
 def _dense(value: Any) -> Any:
+    if isinstance(value, list | tuple):  # torch.cat
+        return [_dense(item) for item in value]
     return value.dense() if isinstance(value, CompressedWeight) else value
