@@ -169,7 +169,10 @@ class Placement:
 
     def _fill_dense(self, module: str, target: str) -> None:
         weight = self._weights[module]
-        decoded = weight.packed.scheme.decode(weight.read())
+        try:
+            decoded = weight.packed.scheme.decode(weight.read())
+        except ValueError as error:
+            raise ValueError(f"{module}: {error}") from None
         owner, leaf = self._owner(target)
         place = owner._buffers.pop(leaf)
         assert place is not None

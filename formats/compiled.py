@@ -66,7 +66,9 @@ def float_bits(weight: Tensor) -> tuple[Any, int]:
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """torch.empty, from NumPy, which asks for huge pages: filling such memory for the first time costs a quarter."""
     size = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(np.empty(size, np.uint8)).view(dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
+    if not size:
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_numpy(np.empty(size, np.uint8)).view(dtype).view(shape)
 
 
 def in_threads(loop: Any, rows: int, size: int, *arguments: Any) -> None:

@@ -1,7 +1,9 @@
 """The Huffman coder against all codes there are, a plain Huffman tree, and coders that go through strings of bits."""
 
+import ctypes
 import heapq
 import itertools
+import mmap
 import random
 from collections.abc import Iterator
 from functools import cache
@@ -206,6 +208,7 @@ def test_every_table_is_one_that_is_accepted(counts: list[int]) -> None:
         [[5, 1], [6, 2], [5, 2]],  # sorted, and yet twice the same symbol
         [*([i, i] for i in range(1, 13)), [13, 13], [14, 13]],  # longer than 12
         [[5, 1], [6, 255]],
+        [[5, 1], [6, 1], [7, 13]],  # complete without the last one
         [[0, 1], *([i % 256, 9] for i in range(256))],
     ],
     ids=str,
@@ -273,6 +276,19 @@ def test_the_tables_above_reach_both_ends_of_what_a_code_can_be() -> None:
     longest = {name: int(table_of(name)[:, 1].max()) for name in TABLES}
     assert longest["all, steep"] == longest["twenty, steep"] == LIMIT
     assert len(table_of("all, steep")) == len(table_of("all alike")) == 256
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint8])
+def test_look_ups_of_one_and_of_six_symbols_may_end_a_chunk_anywhere(dtype: Any) -> None:
+    table = table_of("twenty, steep")
+    frequent, rare = table[0, 0], table[-1, 0]
+    assert table[[0, -1], 1].tolist() == [1, LIMIT]
+    for single in range(48):  # of these a look-up gives one, of the others six
+        words = np.full((4, CHUNK), frequent, dtype)
+        words[:, :single] = rare
+        words[:, CHUNK - single % 3 :] = rare
+        words = words.ravel() << (7 if dtype == np.uint16 else 0)
+        assert np.array_equal(decode(table, *encode(words, table), words.size), words), single
 
 
 def test_words_that_all_have_the_longest_code_fit() -> None:
@@ -365,16 +381,30 @@ def whole(name: str, dtype: Any) -> tuple[Any, dict[str, Any]]:
     return words, {"table": table, "sizes": sizes, "codes": codes, "rest": rest}
 
 
+def before_a_hole(array: Any) -> Any:
+    """A copy that ends where memory can neither be read nor written: to go past it ends the process."""
+    if not array.size:
+        return array
+    size = -(-array.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + size
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    copy = np.frombuffer(memory, array.dtype, array.size, size - array.nbytes).reshape(array.shape)
+    copy[:] = array
+    return copy
+
+
 def decode_between_guards(tensors: dict[str, Any], words: Any) -> tuple[Any, bool]:
-    """The words that a damaged stream gives, and whether it was refused; what lies around them must not change."""
-    room = np.full(words.size + 128, 0xA5, words.dtype)
-    out, before = room[64:-64], {name: array.copy() for name, array in tensors.items()}
+    """The words that a damaged stream gives, and whether it was refused. All else must neither be read nor changed."""
+    room = before_a_hole(np.full(words.size + 64, 0xA5, words.dtype))
+    out, before = room[64:], {name: array.copy() for name, array in tensors.items()}
+    tensors = {name: before_a_hole(array) for name, array in tensors.items()}
     refused = False
     try:
         huffman.decode(tensors["table"], tensors["sizes"], tensors["codes"], tensors["rest"], out)
     except ValueError:
         refused = True
-    assert (room[:64] == 0xA5).all() and (room[-64:] == 0xA5).all()
+    assert (room[:64] == 0xA5).all()
     assert all(np.array_equal(array, before[name]) for name, array in tensors.items())
     return out, refused
 
@@ -418,6 +448,27 @@ def test_damage_is_refused_or_gives_as_many_other_words(name: str, dtype: Any) -
             if any(not np.array_equal(array, tensors[local]) for local, array in damage.items()):
                 out, refused = decode_between_guards(tensors | damage, words)
                 assert refused or not np.array_equal(out, words), (seed, damage.keys())
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint8])
+def test_a_chunk_that_ends_before_or_after_its_last_byte_is_refused(dtype: Any) -> None:
+    words, tensors = whole("all, steep", dtype)
+    codes, sizes = tensors["codes"], tensors["sizes"]
+    assert len(set(sizes.tolist())) == len(sizes)
+    moved = np.stack([sizes, sizes])
+    moved[:, 1] += np.array([1, 65535], np.uint16)
+    moved[:, 2] -= np.array([1, 65535], np.uint16)
+    for damage in (
+        {"codes": np.where(np.arange(codes.size) < codes.size - PADDING, 255, 0).astype(np.uint8)},  # longest codes
+        {"codes": np.zeros_like(codes)},  # shortest codes
+        {"codes": np.concatenate([codes[1:], codes[-1:]])},
+        {"codes": np.concatenate([codes[:1], codes[:-1]])},
+        {"sizes": sizes[::-1].copy()},
+        {"sizes": moved[0]},
+        {"sizes": moved[1]},
+        {"table": table_of("all alike")},
+    ):
+        assert decode_between_guards(tensors | damage, words)[1]
 
 
 def damages(tensors: dict[str, Any], seed: int) -> Iterator[dict[str, Any]]:
