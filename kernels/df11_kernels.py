@@ -327,24 +327,35 @@ def _four(codes, lookup, position, last):
 
 @triton.jit
 def scan(
-    codes, lookup, starts, groups, segments, words, chunks, count, steps,
+    codes, lookup, starts, ends, groups, segments, words, chunks, rest, steps,
     LANES: tl.constexpr, SEGMENT: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Finds where each segment of SEGMENT symbols begins: a lane walks through a chunk. steps: in a chunk, at most."""
+    """Finds where each segment of SEGMENT symbols begins and each chunk ends: a lane walks through a chunk.
+
+    starts, ends: bits. rest: symbols of the last chunk. steps: segments of a chunk, at most.
+    """
     chunk = tl.program_id(0) * LANES + tl.arange(0, LANES)
     start = tl.load(starts + chunk, mask=chunk < chunks, other=0)
     first = start >> 6
     last = tl.maximum(tl.minimum(words - 1 - first, 1 << 30), 0).to(tl.int32)
     position = (start & 63).to(tl.int32)
     group = position
+    symbols = tl.where(chunk == chunks - 1, rest, CHUNK)
     for step in range(steps):
         segment = chunk * (CHUNK // SEGMENT) + step
-        there = (chunk < chunks) & (segment < count)
+        there = (chunk < chunks) & (step * SEGMENT < symbols)
         group = tl.where(step % GROUP == 0, position, group)
         tl.store(groups + segment // GROUP, first * 64 + position, mask=there & (step % GROUP == 0))
         tl.store(segments + segment, (position - group).to(tl.uint16), mask=there)
-        for _ in range(SEGMENT // 4):
-            _symbols, position = _four(codes + first, lookup, position, last)
+        for four in range(step * (SEGMENT // 4), (step + 1) * (SEGMENT // 4)):
+            _symbols, after = _four(codes + first, lookup, position, last)
+            position = tl.where(four < symbols // 4, after, position)
+    window = _window(codes + first, position, last)
+    for i in tl.static_range(3):
+        length = tl.where(i < symbols % 4, _entry(window, lookup) >> 8, 0)
+        window >>= length.to(tl.uint64)
+        position += length
+    tl.store(ends + chunk, first * 64 + position, mask=chunk < chunks)
 
 
 @triton.jit

@@ -106,12 +106,14 @@ def _positions(counts: Tensor, escapes: Tensor, elements: int) -> Tensor:
 def prepare_huffman(tensors: Mapping[str, Tensor], device: torch.device | str) -> Huffman:
     """tensors: table (k, 2) uint8, chunk_bytes (chunks,) uint16, codes (bytes,) uint8, and what has the shape:
     sign_mantissa (...) uint8, or like (0, ...) of an 8-bit dtype.
+
+    Raises ValueError where a chunk's codes do not end with its bytes, as `formats.huffman.decode` does.
     """
     part, table = tensors.get("sign_mantissa"), tensors["table"].cpu()
     shape = tuple(tensors["like"].shape[1:] if part is None else part.shape)
     count, sizes = torch.Size(shape).numel(), tensors["chunk_bytes"].to(device, torch.int64)
     check_table(table.numpy())
-    ends = sizes.cumsum(0)
+    stops = sizes.cumsum(0)
     if sizes.numel() != -(-count // CHUNK) or tensors["codes"].numel() != padded(int(sizes.sum())):
         raise ValueError("chunk_bytes: do not belong to these codes")
     weight = Huffman(
@@ -124,17 +126,19 @@ def prepare_huffman(tensors: Mapping[str, Tensor], device: torch.device | str) -
         shape,
     )
     if count:
+        ends = torch.empty_like(stops)
         _launch(
             kernels.scan,
             (triton.cdiv(sizes.numel(), 32),),
             weight.codes,
             weight.lookup,
-            (ends - sizes) * 8,
+            (stops - sizes) * 8,
+            ends,
             weight.groups,
             weight.segments,
             weight.codes.numel(),
             sizes.numel(),
-            weight.segments.numel(),
+            count - (sizes.numel() - 1) * CHUNK,
             min(CHUNK // SEGMENT, weight.segments.numel()),
             LANES=32,
             SEGMENT=SEGMENT,
@@ -142,6 +146,8 @@ def prepare_huffman(tensors: Mapping[str, Tensor], device: torch.device | str) -
             GROUP=GROUP,
             num_warps=1,
         )
+        if ((ends + 7) // 8 != stops).any():
+            raise ValueError("the codes are damaged; download the checkpoint again")
     return weight
 
 
@@ -217,6 +223,13 @@ def linear_fixed(x: Tensor, weight: Fixed, bias: Tensor | None = None) -> Tensor
     rows, columns = weight.sign_mantissa.shape
     if x.shape[-1] != columns:
         raise ValueError(f"x: has {x.shape[-1]} features, and the weight's in_features is {columns}")
+    if x.dtype not in _X:
+        raise ValueError(
+            f"x: is {x.dtype}; convert it to bfloat16, float16 or float32, or multiply by the decoded weight"
+        )
+    for name, tensor in (("x", x), ("bias", bias)):
+        if tensor is not None and tensor.device != weight.codes.device:
+            raise ValueError(f"{name}: is on {tensor.device}; move it to {weight.codes.device}, where the weight is")
     flat = _aligned(x.reshape(-1, columns))
     y = torch.empty(flat.shape[0], rows, dtype=x.dtype, device=x.device)
     if y.numel():

@@ -30,7 +30,7 @@ _SIZES = {"N": "i32", "K": "i32"}
 _TOKEN = {"x": "*u64", "x_values": "*bf16", **_SIZES}
 _TOKENS = {"x": "*bf16", "partial": "*fp32", "M": "i32", **_SIZES}
 _FINISH = {"partial": "*fp32", "xt": "*bf16", **_ESCAPES, "constants": "*u32", "y": "*bf16", "M": "i32", "N": "i32"}
-_STREAM = {"codes": "*u64", "lookup": "*u16", "groups": "*i64", "segments": "*u16", "words": "i32", "count": "i32"}
+_STREAM = {"codes": "*u64", "lookup": "*u16", "groups": "*i64", "segments": "*u16", "words": "i32"}
 _GROUPS = {"SEGMENT": 128, "GROUP": 32}
 
 # name -> kernel, types of its arguments, its constants ("bf16" stands for the dtype), warps and stages, as
@@ -50,13 +50,13 @@ KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any], tuple[int, int]]] 
     ),
     "decode_huffman": (
         "decode_huffman",
-        {**_STREAM, "sign_mantissa": "*u32", "constants": "*u32", "out": "*u64", "quads": "i32"},
+        {**_STREAM, "sign_mantissa": "*u32", "constants": "*u32", "out": "*u64", "count": "i32", "quads": "i32"},
         {"LANES": 128, **_GROUPS, "WIDE": True},
         (4, 3),
     ),
     "scan": (
         "scan",
-        {**_STREAM, "starts": "*i64", "chunks": "i32", "steps": "i32"},
+        {**_STREAM, "starts": "*i64", "ends": "*i64", "chunks": "i32", "rest": "i32", "steps": "i32"},
         {"LANES": 32, "CHUNK": 1 << 14, **_GROUPS},
         (1, 3),
     ),

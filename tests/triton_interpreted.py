@@ -347,6 +347,98 @@ def test_damaged_huffman_codes_are_refused(short_chunks: int) -> None:
             df11_triton.prepare_huffman({**tensors, name: wrong}, "cpu")
 
 
+def flipped(tensors: dict[str, Tensor], bit: int) -> dict[str, Tensor]:
+    codes = tensors["codes"].clone()
+    codes[bit // 8] ^= 1 << bit % 8
+    return {**tensors, "codes": codes}
+
+
+def is_refused(tensors: dict[str, Tensor]) -> bool:
+    try:
+        df11_triton.prepare_huffman(tensors, "cpu")
+    except ValueError as error:
+        assert str(error) == "the codes are damaged; download the checkpoint again"
+        return True
+    return False
+
+
+def chunks_fit(tensors: dict[str, Tensor], lengths: dict[int, int], count: int, chunk: int) -> bool:
+    """Whether each chunk's codes end in the last of its bytes, read bit by bit."""
+    symbols = {code: symbol for symbol, code in canonical(lengths).items()}
+    stream = "".join(f"{byte:08b}"[::-1] for byte in tensors["codes"].tolist()) + "0" * 12 * chunk
+    start, fits = 0, True
+    for c, size in enumerate(tensors["chunk_bytes"].tolist()):
+        bit = 8 * start
+        for _ in range(min(chunk, count - c * chunk)):
+            bit += next(n for n in range(1, 13) if stream[bit : bit + n] in symbols)
+        start += size
+        fits = fits and -(-bit // 8) == start
+    return fits
+
+
+@pytest.fixture
+def tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(df11_triton, "CHUNK", 16)
+    monkeypatch.setattr(df11_triton, "SEGMENT", 8)
+    monkeypatch.setattr(df11_triton, "GROUP", 1)
+    return 16
+
+
+@pytest.mark.parametrize("count", [32, 33, 46, 39], ids=str)
+def test_flipped_bits_are_refused_where_a_chunk_no_longer_ends_with_its_bytes(count: int, tiny_chunks: int) -> None:
+    torch.manual_seed(count)
+    lengths = CODES["long codes"]
+    symbols = [100 + int(i) for i in torch.randint(13, (count - 1,))] + [112]
+    symbols[tiny_chunks - 1] = 112  # a code that becomes two leaves these 12 bits over
+    tensors = encode_huffman(symbols, lengths, tiny_chunks) | {"like": torch.empty(0, count, dtype=torch.uint8)}
+    assert not is_refused(tensors)
+    bits = 8 * int(tensors["chunk_bytes"].int().sum())
+    found = []
+    for bit in [*range(0, bits, bits // 8), *range(bits - 6, bits)]:
+        damaged = flipped(tensors, bit)
+        found.append(is_refused(damaged))
+        assert found[-1] == (not chunks_fit(damaged, lengths, count, tiny_chunks)), bit
+    assert True in found and False in found  # some flips only change symbols
+
+
+def test_the_cpu_refuses_the_same_codes(tiny_chunks: int) -> None:
+    torch.manual_seed(0)
+    lengths = CODES["long codes"]
+    symbols = [100 + int(i) for i in torch.randint(13, (14,))] + [112]
+    tensors = encode_huffman(symbols, lengths, tiny_chunks) | {"like": torch.empty(0, 15, dtype=torch.uint8)}
+    found = []
+    for bit in range(0, 8 * int(tensors["chunk_bytes"].int().sum()), 5):
+        damaged = flipped(tensors, bit)
+        found.append(is_refused(damaged))
+        if found[-1]:
+            with pytest.raises(ValueError, match="^the codes are damaged; download the checkpoint again$"):
+                df11.decode(damaged, 15)
+        else:
+            df11.decode(damaged, 15)
+    assert True in found and False in found
+
+
+def test_bytes_of_a_code_that_has_no_bits_are_refused(tiny_chunks: int) -> None:
+    tensors = encode_huffman([77] * 40, CODES["one"], tiny_chunks) | {"like": torch.empty(0, 40, dtype=torch.uint8)}
+    assert not is_refused(tensors)
+    sizes, codes = torch.tensor([0, 1, 0], dtype=torch.uint16), torch.zeros(16, dtype=torch.uint8)
+    assert is_refused({**tensors, "chunk_bytes": sizes, "codes": codes})
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 3])
+def test_x_and_bias_of_another_device_or_dtype_are_refused(tokens: int) -> None:
+    words = gaussian(4, 256).view(torch.int16)
+    prepared = df11_triton.prepare_fixed(encode_fixed(words, best_base(words)), "cpu")
+    x, bias = torch.ones(tokens, 256), torch.ones(4)
+    with pytest.raises(ValueError, match="^x: is on meta; move it to cpu"):
+        df11_triton.linear_fixed(x.to("meta"), prepared, bias)
+    with pytest.raises(ValueError, match="^bias: is on meta; move it to cpu"):
+        df11_triton.linear_fixed(x, prepared, bias.to("meta"))
+    for dtype in (torch.float64, torch.int32, torch.float8_e4m3fn):
+        with pytest.raises(ValueError, match=f"^x: is {dtype}; convert it to bfloat16"):
+            df11_triton.linear_fixed(x.to(dtype), prepared, bias)
+
+
 @pytest.mark.parametrize(
     "coding, dtype",
     [("huffman", torch.bfloat16), ("huffman", torch.float32), ("fixed", torch.bfloat16), ("fixed", torch.float16)],
