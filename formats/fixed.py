@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from compress.formats.compiled import in_threads, jit
-from compress.formats.huffman import CHUNK
+from compress.formats.huffman import CHUNK, are_stored
 
 BLOCK = 256  # words; the position of an escape in its block is a byte
 WINDOW = 8
@@ -55,12 +55,15 @@ def decode(
     Raises ValueError where the tensors do not fit together.
     """
     total = out.size if count is None else count
-    offsets = _offsets(counts)
     blocks = -(-total // BLOCK)
-    which = np.arange(-(-total // CHUNK)) if chunks is None else chunks
-    fits = codes.shape == (blocks, BLOCK_BYTES) and len(counts) == blocks and len(escapes) == offsets[-1]
-    if not fits or rest.size != total or base > 256 - WINDOW:
+    fits = codes.shape == (blocks, BLOCK_BYTES) and counts.shape == (blocks,) and rest.shape == (total,)
+    stored = are_stored(np.uint8, codes, rest) and are_stored(np.uint16, counts, escapes)
+    if not (fits and stored and 0 <= base <= 256 - WINDOW):
         raise ValueError("the codes are cut off or damaged; download the checkpoint again")
+    offsets = _offsets(counts)
+    if escapes.shape != (offsets[-1],):
+        raise ValueError("the codes are cut off or damaged; download the checkpoint again")
+    which = np.arange(-(-total // CHUNK)) if chunks is None else chunks
     in_threads(_decode_chunks, len(which), out.size, np.uint8(base), codes, offsets, escapes, rest, which, total, out)
 
 

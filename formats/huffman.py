@@ -69,6 +69,8 @@ def package_merge(weights: list[int], limit: int) -> list[int]:
 
 def check_table(table: Any) -> None:
     """Raises ValueError for a table that is not that of a complete canonical code."""
+    if table.ndim != 2 or table.shape[1] != 2 or not are_stored(np.uint8, table):
+        raise ValueError("the table of code lengths is damaged; download the checkpoint again")
     lengths = table[:, 1].astype(np.int64)
     ordered = all((a[1], a[0]) < (b[1], b[0]) for a, b in zip(table, table[1:], strict=False))
     whole = len(table) == 1 and lengths[0] == 0
@@ -107,16 +109,19 @@ def decode(
 ) -> None:
     """The inverse of `encode`: fills out, (n,) uint16 with rest (n,) uint8, or uint8 with a rest of size 0.
 
-    chunks: only these of the chunks of `count` words, in ascending order, at every 16384th place of out; the very last
-    one may be short. Raises ValueError where table, sizes, codes and rest do not fit together.
+    sizes: uint16, as stored. chunks: only these of the chunks of `count` words, in ascending order, at every 16384th
+    place of out; the very last one may be short.
+    Raises ValueError where table, sizes, codes and rest do not fit together.
     """
     check_table(table)
-    offsets = _offsets(sizes)
     total = out.size if count is None else count
-    which = np.arange(len(sizes)) if chunks is None else chunks
-    fits = rest.size == (total if out.itemsize == 2 else 0) and len(sizes) == -(-total // CHUNK)
-    if not fits or codes.size != padded(offsets[-1]):
+    fits = rest.shape == (total if out.itemsize == 2 else 0,) and sizes.shape == (-(-total // CHUNK),)
+    if not (fits and codes.ndim == 1 and are_stored(np.uint8, codes, rest) and are_stored(np.uint16, sizes)):
         raise ValueError("the codes are cut off or damaged; download the checkpoint again")
+    offsets = _offsets(sizes)
+    if codes.size != padded(offsets[-1]):
+        raise ValueError("the codes are cut off or damaged; download the checkpoint again")
+    which = np.arange(len(sizes)) if chunks is None else chunks
     single = np.empty(1 << LIMIT, np.uint16)
     several = np.empty(1 << LIMIT, np.uint64)
     _fill_tables(table, _code_words(table), single, several)
@@ -125,6 +130,12 @@ def decode(
     in_threads(_decode_groups, len(damaged), out.size, codes, offsets, tables, rest, which, total, out, damaged)
     if damaged.any():
         raise ValueError("the codes are damaged; download the checkpoint again")
+
+
+def are_stored(dtype: Any, *arrays: Any) -> bool:
+    """Whether the arrays have the dtype they are stored with and no gaps: compiled loops check neither, and where all
+    sizes are uint16, none is negative and their sums do not overflow."""
+    return all(array.dtype == dtype and array.flags.c_contiguous for array in arrays)
 
 
 def _offsets(sizes: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from compress.formats import fixed, huffman
@@ -44,11 +45,18 @@ def decode_rows(tensors: dict[str, Tensor], shape: tuple[int, int], index: Tenso
 
     index: (n,) int64 on the CPU, from 0 to rows - 1.
     """
-    columns = shape[1]
-    places = index[:, None] * columns + torch.arange(columns)
-    chunks = (places // CHUNK).unique()
-    words = decode(tensors, math.prod(shape), chunks.numpy())
-    return words[torch.searchsorted(chunks, places // CHUNK) * CHUNK + places % CHUNK]
+    columns, count = shape[1], math.prod(shape)
+    if not index.numel() * columns:
+        return decode(tensors, count, np.empty(0, np.int64)).view(index.numel(), columns)
+    starts = index.numpy() * columns
+    first, last = starts // CHUNK, (starts + columns - 1) // CHUNK
+    needed = np.zeros(-(-count // CHUNK), bool)
+    for step in range(int((last - first).max()) + 1):
+        needed[np.minimum(first + step, last)] = True
+    words = decode(tensors, count, np.flatnonzero(needed))
+    slots = np.cumsum(needed) - 1  # where a chunk is among those that are decoded; a row's lie side by side
+    rows = sliding_window_view(words.numpy(), columns)[slots[first] * CHUNK + starts % CHUNK]
+    return torch.from_numpy(rows)
 
 
 @dataclass(frozen=True)

@@ -3,20 +3,26 @@
 import dataclasses
 import math
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.df11 import SMALLEST, Df11
+from compress.formats import words as floats
 from compress.formats.huffman import CHUNK
+from compress.kernels import df11 as kernels
 from compress.scheme import Spec, Tensors
 
+DECODE = kernels.decode
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2]
 CODINGS = [Df11("huffman"), Df11("fixed")]
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -253,6 +259,74 @@ def test_lower_halves_of_float32_are_kept_whatever_they_are(scheme: Df11) -> Non
     assert_lossless(-weight, scheme)
 
 
+def test_the_halves_of_a_float32_by_hand() -> None:
+    whole = torch.tensor([0x3F800001, 0x7FC0FFFF, -1, -0x80000000], dtype=torch.int32).view(2, 1, 2)
+    weight = whole.view(torch.float32)
+    words, low = floats.split(weight)
+    assert words.tolist() == [0x3F80, 0x7FC0, 0xFFFF, 0x8000]
+    assert low is not None and low.tolist() == [[[1, -1]], [[-1, 0]]]
+    upper = torch.from_numpy(words.view(np.int16)).view(2, 1, 2)
+    assert same_bits(floats.join(upper, low, torch.float32), weight)
+    assert bits(floats.join(upper, None, torch.float32)).tolist() == [0x3F800000, 0x7FC00000, -0x10000, -0x80000000]
+    for meta in (upper.to("meta"), upper.to("meta")[0, 0, 0]):  # on the device of the words
+        joined = floats.join(meta, meta, torch.float32)
+        assert (joined.device.type, joined.dtype, joined.shape) == ("meta", torch.float32, meta.shape)
+
+
+def test_halves_are_copies_and_not_views_of_the_weight() -> None:
+    for shape in ((), (1,), (2, 3)):
+        weight = torch.full(shape, 0x3F800001, dtype=torch.int32).view(torch.float32)
+        words, low = floats.split(weight)
+        assert low is not None
+        bits(weight).zero_()
+        assert set(words.tolist()) == {0x3F80} and set(low.view(-1).tolist()) == {1}
+        assert low.shape == shape and low.is_contiguous()
+
+
+def test_a_bit_in_the_lower_half_is_found_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(floats, "_PART", 4)
+    for count in (1, 4, 9):
+        assert floats.split(torch.ones(count))[1] is None
+        for i in range(count):
+            weight = torch.ones(count)
+            bits(weight)[i] ^= -0x8000 ^ -0x10000  # bit 15
+            low = floats.split(weight)[1]
+            assert low is not None and low.tolist() == [-0x8000 if j == i else 0 for j in range(count)]
+
+
+class Made(TorchDispatchMode):
+    """most: bytes of the largest tensor that an operation made and that is no view."""
+
+    most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given_ = {tensor.untyped_storage().data_ptr() for tensor in args if isinstance(tensor, Tensor)}
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given_:
+                self.most = max(self.most, tensor.nbytes)
+        return out
+
+
+@pytest.mark.parametrize("lowest", [0, 1])
+def test_float32_is_split_and_joined_without_more_memory_than_the_result(lowest: int) -> None:
+    weight = torch.full((1 << 21,), 0x3F800000 | lowest, dtype=torch.int32).view(torch.float32)
+    words, low = floats.split(weight)
+    upper = torch.from_numpy(words.view(np.int16))
+    for call, most in (
+        (lambda: floats.split(weight), 4 * weight.numel() if lowest else 2 * weight.numel()),
+        (lambda: floats.join(upper, low, torch.float32), weight.nbytes),
+    ):
+        with Made() as made:
+            call()
+        tracemalloc.start()
+        call()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert most <= peak <= most + 100_000, "the results are NumPy's memory"
+        assert made.most <= 100_000
+
+
 # Size
 
 
@@ -322,6 +396,28 @@ def test_rows_are_those_of_the_whole(shape: tuple[int, int], kind: str, dtype: t
     for wrong in ([-1], [shape[0]], [0, -shape[0]], [[0, 2**40]]):
         with pytest.raises(IndexError, match=f"rows .* of a weight with {shape[0]}"):
             scheme.rows(tensors, torch.tensor(wrong))
+
+
+@pytest.mark.parametrize("shape", [(64, 1024), (6, 3 * CHUNK // 2), (65_536, 1), (9, 7000)], ids=str)
+@pytest.mark.parametrize("scheme", CODINGS, ids=str)
+def test_rows_decode_the_chunks_that_hold_them_and_no_other(
+    scheme: Df11, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = values("gaussian", math.prod(shape), torch.bfloat16).view(shape)
+    tensors = scheme.encode(weight)
+    decoded: list[list[int]] = []
+
+    def decode(tensors: Tensors, count: int, chunks: Any = None) -> Tensor:
+        decoded.append(chunks.tolist())
+        return DECODE(tensors, count, chunks)
+
+    monkeypatch.setattr(kernels, "decode", decode)
+    last = shape[0] - 1
+    for rows in ([0], [last], [0, last], [1, 4], [last, 2, 2, 5], list(range(shape[0]))):
+        words = kernels.decode_rows(tensors, shape, torch.tensor(rows))
+        assert torch.equal(words, weight.view(torch.int16)[rows])
+        places = (torch.tensor(rows)[:, None] * shape[1] + torch.arange(shape[1])) // CHUNK
+        assert decoded.pop() == places.unique().tolist()
 
 
 @pytest.mark.parametrize("scheme", CODINGS, ids=str)

@@ -246,6 +246,33 @@ def test_a_tensor_cut_off_or_too_long_is_refused() -> None:
         assert decode_between_guards(tensors | {"base": base}, WORDS.size)[1]
 
 
+def test_arrays_of_another_dtype_or_shape_or_with_gaps_are_refused() -> None:
+    tensors = encode(WORDS, 117)
+    for local in ("codes", "counts", "escapes", "rest"):
+        array = tensors[local]
+        others = [array.astype(other) for other in (np.int8, np.int16, np.int64, np.float32, object, ">u2")]
+        others += [np.repeat(array, 2, axis=0)[::2], array[..., None], array[None], array.ravel()[:1].reshape(())]
+        others.append(array.astype(np.uint8 if array.dtype == np.uint16 else np.uint16))
+        for other in others:
+            with pytest.raises(ValueError, match="damaged"):
+                decode(tensors | {local: other}, WORDS.size)
+    for base in (-1, -(2**40), 256, 2**40):
+        with pytest.raises(ValueError, match="damaged"):
+            decode(tensors | {"base": base}, WORDS.size)
+
+
+def test_counts_below_0_are_refused_though_their_sum_fits() -> None:
+    tensors = encode(WORDS, 117)
+    for far in (300, 2**40, 2**62):
+        for change in ([-far, far], [far, -far]):
+            counts = tensors["counts"].astype(np.int64)
+            counts[5:7] += change
+            assert counts.sum() == tensors["escapes"].size
+            for each in (counts, counts.astype(np.uint64), counts.astype(float)):
+                with pytest.raises(ValueError, match="damaged"):
+                    decode(tensors | {"counts": each}, WORDS.size)
+
+
 def test_a_flipped_bit_changes_one_word() -> None:
     tensors = encode(WORDS, 117)
     for seed in range(200):

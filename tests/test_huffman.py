@@ -423,6 +423,38 @@ def test_a_tensor_cut_off_or_too_long_is_refused(name: str, dtype: Any) -> None:
                 assert decode_between_guards(tensors | {local: longer[:size]}, words)[1], (local, size)
 
 
+def gaps(array: Any) -> Any:
+    """The same values, every other element of an array."""
+    return np.repeat(array, 2, axis=0)[::2]
+
+
+@pytest.mark.parametrize("name, dtype", CASES)
+def test_arrays_of_another_dtype_or_shape_or_with_gaps_are_refused(name: str, dtype: Any) -> None:
+    words, tensors = whole(name, dtype)
+    for local, array in tensors.items():
+        others = [array.astype(other) for other in (np.int8, np.int16, np.int64, np.float32, object, ">u2")]
+        others += [gaps(array)] if len(array) > 1 else []
+        others += [array[..., None], array[None], np.zeros((), array.dtype)]
+        others.append(array.astype(np.uint8 if array.dtype == np.uint16 else np.uint16))
+        for other in others:
+            with pytest.raises(ValueError, match="damaged"):
+                huffman.decode(**(tensors | {local: other}), out=np.empty_like(words))
+
+
+@pytest.mark.parametrize("name, dtype", CASES)
+def test_sizes_below_0_are_refused_though_their_sum_fits(name: str, dtype: Any) -> None:
+    words, tensors = whole(name, dtype)
+    for far in (1, 2**40, 2**62):
+        for change in ([-far, far], [far, -far]):
+            for at in (0, 3):
+                sizes = tensors["sizes"].astype(np.int64)
+                sizes[at : at + 2] += change
+                assert sizes.sum() == tensors["sizes"].sum()
+                for each in (sizes, sizes.astype(np.uint64), sizes.astype(float)):
+                    with pytest.raises(ValueError, match="damaged"):
+                        huffman.decode(**(tensors | {"sizes": each}), out=np.empty_like(words))
+
+
 @pytest.mark.parametrize("name, dtype", CASES[:3])
 def test_a_flipped_bit_of_the_codes_harms_no_chunk_but_its_own(name: str, dtype: Any) -> None:
     words, tensors = whole(name, dtype)
