@@ -214,6 +214,20 @@ def test_another_command_starts_afresh(server: Server, model: Path, uninterrupte
     shutil.rmtree(out)
 
 
+def test_a_run_whose_sizes_depend_on_the_values_goes_on_too(server: Server, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = quantize(model, out, "--scheme", "df11")
+    whole = server.run(*command, watch=tmp_path)
+    assert whole["code"] == 0, whole["stderr"]
+    expected = contents(out)
+    for point in range(5, len(whole["changes"]), 7):
+        shutil.rmtree(out)
+        assert server.run(*command, watch=tmp_path, kill_at=point)["killed"]
+        again = server.run(*command, watch=tmp_path)
+        assert again["code"] == 0 or "exists" in again["stderr"], (point, again["stderr"])
+        assert contents(out) == expected, point
+
+
 def test_killed_around_the_scoring(server: Server, llama_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ("--tasks", "", "--limit", "1", "--window", "16")
