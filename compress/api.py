@@ -19,13 +19,15 @@ from compress.prepare import Forecast, Prepared
 from compress.recipe import Rules
 from compress.registry import make
 from compress.run import Options, Progress, Scoring, run
-from compress.scheme import Scheme, Tensors
+from compress.scheme import Scheme, Spec, Tensors
 
 __all__ = ["Options", "Rules", "Scoring", "decode", "encode", "evaluate", "linear", "load", "plan", "quantize"]
 
 
 def plan(model: str | Path, scheme: str = "int4", *, rules: Rules | None = None, **options: Any) -> Forecast:
-    """Predicts every tensor's bytes from headers alone. options: the scheme's, for example group_size=64.
+    """Predicts every tensor's bytes, from headers; of a lossless scheme from the values, which decide them.
+
+    options: the scheme's, for example group_size=64.
 
     Raises ValueError for a model that is no checkpoint, and for rules and options that name nothing known.
     """
@@ -84,9 +86,10 @@ def decode(tensors: Tensors, scheme: str = "int4", **options: Any) -> Tensor:
         rows, columns = tensors["weight_shape"].tolist()
         made = made.fit((rows, columns))
     try:
-        return made.decode(tensors)
-    except KeyError as error:
-        raise ValueError(f"{scheme}: {error} is not among the tensors: {', '.join(tensors) or 'none'}") from None
+        made.check({name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+    except ValueError as error:
+        raise ValueError(f"{scheme}: {error} (given: {', '.join(tensors) or 'none'})") from None
+    return made.decode(tensors)
 
 
 def linear(weight: Tensor, scheme: str = "int4", bias: Tensor | None = None, **options: Any) -> CompressedLinear:

@@ -129,8 +129,10 @@ class Df11(Scheme):
 
     def linear(self, x: Tensor, tensors: Any, bias: Tensor | None = None) -> Tensor:
         """tensors: as stored, or as `prepare` returns them: then without a decoded weight where coding=fixed."""
-        if isinstance(tensors, _Prepared) and tensors.low is None and tensors.original.dtype != torch.float16:
-            y = tensors.coded.linear(x, bias)
+        differentiated = torch.is_grad_enabled() and x.requires_grad  # the fused kernel has no backward pass
+        fits = isinstance(tensors, _Prepared) and tensors.low is None and tensors.original.dtype != torch.float16
+        if fits and not differentiated:
+            y: Tensor | None = tensors.coded.linear(x, bias)
             if y is not None:
                 return y
         return super().linear(x, tensors, bias)

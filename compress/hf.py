@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -106,12 +106,15 @@ class CompressQuantizer(HfQuantizer):
             if path in owners and leaf != "bias":
                 key = self._weights[owners[path]].names.get(local, f"{owners[path]}.{leaf}")
             state[key] = tensor
+        for module, targets in self._place.dense.items():  # decoded when they were loaded
+            weight = self._weights[module]
+            dense = [state.pop(name) for name in targets if name in state]
+            dtype = weight.packed.scheme.original(weight.specs()).dtype
+            for local, tensor in weight.packed.scheme.encode(dense[0].detach().cpu().to(dtype)).items():
+                on_disk = "qweight" if local == "weight" else local
+                state[weight.names.get(local, f"{module}.{on_disk}")] = tensor
         for name in self._tripwires:
             state[name] = torch.empty(0, dtype=torch.uint8)
-        for module, target in self._place.dense.items():  # decoded when it was loaded
-            weight = self._weights[module]
-            tensors = weight.packed.scheme.encode(state.pop(target).cpu())
-            state |= {weight.names[local]: tensor for local, tensor in tensors.items()}
         return state, {}
 
     def is_serializable(self, **_: Any) -> bool:
@@ -152,6 +155,8 @@ def load(path: str | Path, device: str | torch.device | None = None, **options: 
     weight_files(path)  # transformers would open a pickle where there is no safetensors file
     config = read_config(path)
     quantization = getattr(config, "quantization_config", None)
+    if quantization and quantization.get("quant_method") == METHOD:
+        Source(path, foreign=False)  # says what is wrong with config.json or the headers
     if options:
         _check_options(path, quantization, options)
     if quantization and _ours(quantization):
@@ -176,6 +181,8 @@ def _load_dfloat11(path: Path, config: PretrainedConfig) -> PreTrainedModel:
     state = {name: source.read(name) for name in source.specs}
     with _no_progress_bar():
         model: PreTrainedModel = model_class(config).from_pretrained(None, config=config, state_dict=state)
+    if (path / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(path)
     return model
 
 
@@ -206,7 +213,7 @@ def _ours(quantization: Mapping[str, Any]) -> bool:
     """Whether our kernels run it; compressed-tensors with quantized activations, say, are left to that package."""
     try:
         planning.from_config(quantization, ())
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         return False
     return True
 

@@ -6,11 +6,14 @@ parameter; what else is packed (norms, biases, convolutions) is decoded when it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compress import planning
@@ -55,9 +58,10 @@ def packed_weights(files: Store, quantization: Mapping[str, Any], dtype: str) ->
     # What another packed before us: its tensors are decoded by ours when they are loaded, and stay packed by theirs.
     below = Decoded(files, quantization, dtype)
     try:
-        inner = _read(below, base)
+        planning.from_config(base, below.specs)
     except ValueError as error:
         raise ValueError(f"before it was coded without loss, {error}; export it --to original, and load that") from None
+    inner = _read(below, base)
     inside = {name for weight in inner.values() for name in weight.names.values()}
     return {**{module: w for module, w in weights.items() if w.packed.source not in inside}, **inner}
 
@@ -73,27 +77,20 @@ class Placement:
 
     def __init__(self, model: PreTrainedModel, weights: Mapping[str, Weight]) -> None:
         self._weights, self._model = weights, model
+        self._kept: dict[str, torch.dtype] = model._get_dtype_plan(model.dtype)
         self.loaded: dict[str, CompressedModule] = {}
-        self.dense: dict[str, str] = {}  # module -> parameter or buffer of the model
-        self._kinds: dict[str, type[nn.Parameter] | None] = {}
+        self.dense: dict[str, list[str]] = {}  # module -> the parameters or buffers of the model that it is
+        self._buffers: set[str] = set()  # those of them that are no parameters
+        self._untied: set[str] = set()
         self._structure = Structure(model, dict.fromkeys(weight.packed.source for weight in weights.values()))
-        experts: dict[str, list[Linear]] = {}
         for module in weights:
-            linear = self._structure.linears.get(module)
-            if linear is None:
+            if module in self._structure.linears:
+                self._place_linear(module, self._structure.linears[module])
+        self._place_experts()
+        for module in weights:  # after the linears, which take their biases along
+            if module not in self._structure.linears:
                 self._place_other(module)
-            elif linear.expert is not None:
-                self.loaded[module] = self._linear(module, None)
-                experts.setdefault(linear.path, []).append(linear)
-            elif partners := self._untie(f"{linear.path}.weight"):
-                self._place_weight(module, [f"{linear.path}.weight", *partners])
-            else:
-                self.loaded[module] = self._linear(module, getattr(model.get_submodule(linear.path), "bias", None))
-                model.set_submodule(linear.path, self.loaded[module])
-        for path, parts in experts.items():
-            self._place_experts(path, parts)
-        if experts and hasattr(model, "set_experts_implementation"):
-            model.set_experts_implementation("eager")  # the others multiply with the whole 3-D parameter at once
+        self._keep_untied()
         for loaded in self.loaded.values():
             # Filled by us: transformers must neither look for these in the files nor report them missing.
             loaded._non_persistent_buffers_set.update(loaded._buffers)
@@ -101,16 +98,16 @@ class Placement:
     def fill(self, options: Mapping[str, Any]) -> None:
         """Reads the packed tensors to where transformers has put the modules.
 
-        options: of lossless schemes; what they packed is coded anew with them.
+        options: of lossless schemes; what they packed is coded anew with them. Raises ValueError for damaged ones.
         """
         for module, loaded in self.loaded.items():
             weight = self._weights[module]
             if options and weight.packed.scheme.lossless:
                 device = next(iter(loaded.tensors().values())).device
-                scheme, tensors = weight.packed.scheme.recode(weight.read(), **options)
-                loaded.replace(
-                    scheme, {name: t.to("cpu" if device.type == "meta" else device) for name, t in tensors.items()}
-                )
+                with _named(module):
+                    scheme, tensors = weight.packed.scheme.recode(weight.read(), **options)
+                place = "cpu" if device.type == "meta" else device
+                loaded.replace(scheme, {name: tensor.to(place, copy=True) for name, tensor in tensors.items()})
             else:
                 for local, tensor in weight.read().items():
                     loaded.fill(local, tensor)
@@ -118,8 +115,22 @@ class Placement:
                 weight.store.release(name)
             loaded._non_persistent_buffers_set.clear()
             loaded.is_filled = True
-        for module, target in self.dense.items():
-            self._fill_dense(module, target)
+        for module, targets in self.dense.items():
+            self._fill_dense(module, targets)
+
+    def _place_linear(self, module: str, linear: Linear) -> None:
+        if linear.expert is not None:
+            self.loaded[module] = self._linear(module, None)
+            return
+        target = f"{linear.path}.weight"
+        shape = self._structure.parameters[target].shape
+        self._check_shape(module, tuple(shape[::-1] if linear.transposed else shape))
+        if partners := self._untie(target):
+            self._place_weight(module, [target, *partners])
+            return
+        bias = getattr(self._model.get_submodule(linear.path), "bias", None)
+        self.loaded[module] = self._linear(module, bias)
+        self._model.set_submodule(linear.path, self.loaded[module])
 
     def _place_other(self, module: str) -> None:
         weight = self._weights[module]
@@ -129,24 +140,26 @@ class Placement:
             if not weight.packed.scheme.lossless:
                 raise ValueError(f"config.json compresses {module}, which this model does not have")
             return  # transformers ignores it in an uncompressed checkpoint too
+        self._check_shape(module, tuple(tensor.shape))
+        targets = [target, *self._untie(target)]
         owner, leaf = self._owner(target)
         if isinstance(owner, nn.Embedding) and leaf == "weight":
-            self._place_weight(module, [target, *self._untie(target)])
+            self._place_weight(module, targets)
             return
-        for name in (target, *self._untie(target)):
+        for name in targets:
             owner, leaf = self._owner(name)
-            self._kinds[target] = nn.Parameter if leaf in owner._parameters else None
-            owner._parameters.pop(leaf, None)
+            if owner._parameters.pop(leaf, None) is None:
+                self._buffers.add(name)
             # A buffer that is not saved is none that transformers looks for in the files.
-            owner.register_buffer(leaf, meta(tensor.dtype, tuple(tensor.shape)), persistent=False)
-        self.dense[module] = target
+            owner.register_buffer(leaf, meta(self._dtype(name, tensor), tuple(tensor.shape)), persistent=False)
+        self.dense[module] = targets
 
     def _place_weight(self, module: str, parameters: list[str]) -> None:
         weight = self._weights[module]
         tensor = self._structure.parameters[parameters[0]]
-        self.loaded[module] = CompressedWeight(
-            weight.packed.scheme, tuple(tensor.shape), tensor.dtype, weight.buffers()
-        )
+        dtype = self._dtype(parameters[0], tensor)
+        scheme = weight.packed.scheme
+        self.loaded[module] = CompressedWeight(scheme, tuple(tensor.shape), dtype, weight.buffers())
         for name in parameters:
             owner, leaf = self._owner(name)
             delattr(owner, leaf)
@@ -157,31 +170,58 @@ class Placement:
         rows, columns = weight.packed.scheme.original(weight.specs()).shape
         return CompressedLinear(weight.packed.scheme, (rows, columns), weight.buffers(), bias)
 
-    def _place_experts(self, path: str, linears: list[Linear]) -> None:
-        owner, leaf = self._owner(path)
-        rows: list[list[CompressedLinear]] = [[] for _ in range(self._structure.parameters[path].shape[0])]
-        for linear in sorted(linears, key=lambda linear: linear.part):
-            loaded = self.loaded[linear.module]
-            assert linear.expert is not None and isinstance(loaded, CompressedLinear)
-            rows[linear.expert].append(loaded)
-        delattr(owner, leaf)
-        setattr(owner, leaf, CompressedExperts(rows, linears[0].transposed))
+    def _place_experts(self) -> None:
+        parts: dict[str, list[Linear]] = {}
+        for module in self._weights:
+            linear = self._structure.linears.get(module)
+            if linear is not None and linear.expert is not None:
+                parts.setdefault(linear.path, []).append(linear)
+        for path, linears in parts.items():
+            parameter = self._structure.parameters[path]
+            rows: list[list[CompressedLinear]] = [[] for _ in range(parameter.shape[0])]
+            for linear in sorted(linears, key=lambda linear: linear.part):
+                loaded = self.loaded[linear.module]
+                assert linear.expert is not None and isinstance(loaded, CompressedLinear)
+                rows[linear.expert].append(loaded)
+            experts = CompressedExperts(rows, linears[0].transposed)
+            if experts.shape != parameter.shape:
+                raise ValueError(f"{path}: {tuple(experts.shape)} is stored, config.json has {tuple(parameter.shape)}")
+            owner, leaf = self._owner(path)
+            delattr(owner, leaf)
+            setattr(owner, leaf, experts)
+        if parts and hasattr(self._model, "set_experts_implementation"):
+            # The others multiply with the whole 3-D parameter at once.
+            self._model.set_experts_implementation("eager")
 
-    def _fill_dense(self, module: str, target: str) -> None:
+    def _fill_dense(self, module: str, targets: list[str]) -> None:
         weight = self._weights[module]
-        try:
+        with _named(module):
             decoded = weight.packed.scheme.decode(weight.read())
-        except ValueError as error:
-            raise ValueError(f"{module}: {error}") from None
-        owner, leaf = self._owner(target)
-        place = owner._buffers.pop(leaf)
-        assert place is not None
-        owner._non_persistent_buffers_set.discard(leaf)
-        tensor = decoded.to("cpu" if place.is_meta else place.device, place.dtype, copy=True)
-        if self._kinds[target] is None:
-            owner.register_buffer(leaf, tensor)
-        else:
-            owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+        shared: Tensor | None = None
+        for name in targets:
+            owner, leaf = self._owner(name)
+            place = owner._buffers.pop(leaf)
+            assert place is not None
+            owner._non_persistent_buffers_set.discard(leaf)
+            if shared is None:
+                tensor = decoded.to("cpu" if place.is_meta else place.device, place.dtype, copy=True)
+                shared = tensor if name in self._buffers else nn.Parameter(tensor, requires_grad=False)
+            if isinstance(shared, nn.Parameter):
+                owner.register_parameter(leaf, shared)
+            else:
+                owner.register_buffer(leaf, shared)
+
+    def _check_shape(self, module: str, wanted: tuple[int, ...]) -> None:
+        weight = self._weights[module]
+        found = weight.packed.scheme.original(weight.specs()).shape
+        if found != wanted:
+            raise ValueError(
+                f"{module}: {found} is stored, and by config.json it is {wanted}; they do not belong together"
+            )
+
+    def _dtype(self, name: str, tensor: Tensor) -> torch.dtype:
+        """What transformers would load a parameter in: some are kept in float32 whatever the model's dtype."""
+        return next((dtype for pattern, dtype in self._kept.items() if re.search(pattern, name)), tensor.dtype)
 
     def _untie(self, name: str) -> list[str]:
         """The other parameters that share the memory of one; from now on it is for us to keep them so."""
@@ -190,8 +230,27 @@ class Placement:
         groups |= {a for a, b in tied.items() if b in groups}
         for member in groups:
             tied.pop(member, None)
+        self._untied |= groups if len(groups) > 1 else set()
         return sorted(groups - {name})
+
+    def _keep_untied(self) -> None:
+        """Also where the model works out again what is tied: `tie_weights` would look for parameters."""
+        expanded, ours = self._model.get_expanded_tied_weights_keys, frozenset(self._untied)
+
+        def without_ours(all_submodels: bool = False) -> dict[str, str]:
+            return {a: b for a, b in expanded(all_submodels=all_submodels).items() if a not in ours}
+
+        if ours:
+            self._model.get_expanded_tied_weights_keys = without_ours  # type: ignore[method-assign]
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
         path, _, leaf = name.rpartition(".")
         return self._model.get_submodule(path), leaf
+
+
+@contextmanager
+def _named(module: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{module}: {error}") from None

@@ -1,4 +1,4 @@
-"""From a model and options to a resolved plan and its exact size, reading headers only."""
+"""From a model and options to a resolved plan and its exact size, from headers where these decide it."""
 
 from __future__ import annotations
 
@@ -76,9 +76,10 @@ class Prepared:
 
     def forecast(self, progress: Progress | None = None) -> Forecast:
         """Bytes of every tensor, and of the peak. Where the size depends on the values, these are read."""
-        total, done = sum(spec.bytes for spec in self.source.specs.values()), 0
+        planned = units(self.source, self.plan, self.tied)
+        total, done = sum(self.source.specs[unit.source].bytes for unit in planned), 0
         lines: list[TensorReport] = []
-        for unit in units(self.source, self.plan, self.tied):
+        for unit in planned:
             lines += self._lines(unit)
             done += self.source.specs[unit.source].bytes
             if progress and unit.sized_by_data:

@@ -42,6 +42,8 @@ class Source:
         if quantization and quantization.get("quant_method") == "compress":
             self._decode(quantization)
             quantization = quantization.get("base")
+            if quantization is not None and not isinstance(quantization, dict):
+                raise ValueError(f"{path}/config.json: quantization_config.base is not a JSON object")
         if quantization and foreign:
             self._decode(quantization)
         else:

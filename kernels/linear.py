@@ -35,7 +35,7 @@ class CompressedModule(nn.Module):
         self._buffers.clear()
         self.scheme, self.local_names = scheme, tuple(tensors)
         self.is_filled = not any(tensor.is_meta for tensor in tensors.values())
-        self._prepared: Any = None
+        self._prepared: tuple[list[Tensor], Any] | None = None
         for name, tensor in tensors.items():
             self.register_buffer(_attribute(name), tensor)
 
@@ -44,10 +44,11 @@ class CompressedModule(nn.Module):
         return {name: self._buffers[_attribute(name)] for name in self.local_names}  # type: ignore[misc]
 
     def running(self) -> Any:
-        """What the scheme runs on: made of the packed tensors once for the device that they are on."""
-        if self._prepared is None:
-            self._prepared = self.scheme.prepare(self.tensors())
-        return self._prepared
+        """What the scheme runs on: made of the packed tensors once, as long as these stay the same ones."""
+        tensors = self.tensors()
+        if self._prepared is None or any(a is not b for a, b in zip(tensors.values(), self._prepared[0], strict=True)):
+            self._prepared = (list(tensors.values()), self.scheme.prepare(tensors))
+        return self._prepared[1]
 
     def fill(self, name: str, tensor: Tensor) -> None:
         """Puts a copy of a loaded tensor where the local tensor `name` lies; one on "meta" is made on the CPU."""
@@ -64,9 +65,20 @@ class CompressedModule(nn.Module):
         return self.scheme.decode(self.running()) if self.is_filled else torch.empty(self.shape, device="meta")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedModule:
-        self._prepared = None  # the buffers move to another device
+        """Moves the packed tensors and never casts them: `model.to(dtype)` is no statement on how they are stored."""
+        self._prepared, packed = None, dict(self._buffers)
+        self._buffers.clear()
         super()._apply(fn, recurse)
+        for name, buffer in packed.items():
+            assert buffer is not None
+            device = fn(torch.empty(0, dtype=torch.uint8, device=buffer.device)).device
+            moved = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
+            self.register_buffer(name, moved, name not in self._non_persistent_buffers_set)
         return self
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._prepared = None
+        super()._load_from_state_dict(*arguments)
 
 
 class CompressedLinear(CompressedModule):

@@ -33,6 +33,21 @@ class CompressedWeight(CompressedModule):
     def device(self) -> torch.device:
         return self.tensors()[self.local_names[0]].device
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or not hasattr(Tensor, name):
+                raise
+            return getattr(self.dense(), name)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.dense()[index]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedModule:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
+
     def dense(self) -> Tensor:
         """The whole weight."""
         return self.decode().to(self.dtype)

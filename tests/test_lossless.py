@@ -276,3 +276,126 @@ def test_a_run_is_scored_as_the_original(llama_dir: Path, tmp_path: Path) -> Non
     assert report.evaluation is not None
     assert report.evaluation["kl_mean"] == 0 and report.evaluation["top1_agreement"] == 1
     assert report.evaluation["perplexity"] == report.evaluation["reference_perplexity"]
+
+
+def saved(model: PreTrainedModel, path: Path) -> Path:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # biases start as zeros and norms as ones: then neither shows when lost
+                parameter.add_(0.05 * torch.randn(parameter.shape))
+    model.save_pretrained(path)
+    return path
+
+
+def wide_config(**fields: Any) -> Any:
+    """Norms and biases of more than 1024 values, which are coded."""
+    sizes = {"vocab_size": 64, "hidden_size": 1088, "num_hidden_layers": 1, "num_attention_heads": 2, **fields}
+    return sizes | {"intermediate_size": 1088, "max_position_embeddings": 32}
+
+
+@pytest.fixture(scope="module")
+def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**wide_config(mlp_bias=True, attention_bias=True, num_key_value_heads=2))
+    return saved(LlamaForCausalLM(config).to(torch.bfloat16), tmp_path_factory.mktemp("wide") / "model")
+
+
+def test_norms_and_biases_that_are_coded_run_and_are_saved(wide_llama: Path, tmp_path: Path) -> None:
+    compress.quantize(wide_llama, tmp_path / "out", "df11", scoring=None)
+    model = compress.load(tmp_path / "out")
+    assert torch.equal(logits(model), logits(plain(wide_llama)))
+    model.save_pretrained(tmp_path / "saved")
+    check_same_tensors(tmp_path / "saved", tmp_path / "out")
+    wide = model_class(model.config).from_pretrained(tmp_path / "out", dtype=torch.float32)
+    wide.save_pretrained(tmp_path / "wide")
+    check_same_tensors(tmp_path / "wide", tmp_path / "out")
+
+
+def test_biases_beside_packed_linears_are_coded_too(wide_llama: Path, tmp_path: Path) -> None:
+    compress.quantize(wide_llama, tmp_path / "fp8", "fp8", scoring=None)
+    compress.quantize(tmp_path / "fp8", tmp_path / "out", "df11", scoring=None)
+    assert torch.equal(logits(compress.load(tmp_path / "out")), logits(compress.load(tmp_path / "fp8")))
+
+
+def test_a_bias_that_is_tied_to_another_is_filled_in_both_places(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    torch.manual_seed(0)
+    sizes = {**wide_config(vocab_size=1088), "hidden_size": 64, "intermediate_size": 64, "initializer_range": 0.2}
+    source = saved(BertForMaskedLM(BertConfig(**sizes)).to(torch.bfloat16), tmp_path / "bert")
+    compress.quantize(source, tmp_path / "out", "df11", scoring=None)
+    model = compress.load(tmp_path / "out")
+    assert torch.equal(logits(model), logits(plain(source)))
+    head = model.cls.predictions
+    assert head.decoder.bias is head.bias and head.bias.abs().sum() > 0
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(compress.load(tmp_path / "saved")), logits(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("call", [lambda m: m.to(torch.bfloat16), lambda m: m.bfloat16(), lambda m: m.to("cpu")])
+def test_a_cast_of_the_model_does_not_touch_what_is_packed(
+    dtype: torch.dtype, call: Callable[[Any], Any], tiny_model: Tiny, tmp_path: Path
+) -> None:
+    tensors = load_file(tiny_model("llama-tied-biased") / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(t.shape, generator=generator).mul(0.05).to(dtype) for name, t in tensors.items()}
+    name = str(dtype).removeprefix("torch.")
+    source = rewritten(tiny_model("llama-tied-biased"), tmp_path / "source", tensors, dtype=name)
+    compress.quantize(source, tmp_path / "out", "df11", scoring=None)
+    found, wanted = call(compress.load(tmp_path / "out")), call(plain(source))
+    assert (logits(found) - logits(wanted)).abs().max() < 0.02  # a linear's weight is rounded at another place
+    assert found.model.layers[0].mlp.up_proj.weight.dtype == dtype
+
+
+def test_ties_survive_being_worked_out_again(tiny_compressed: Compressed) -> None:
+    for name in ("llama-tied-biased", "t5"):
+        model = compress.load(tiny_compressed(name, "df11"))
+        expected = logits(model)
+        model.tie_weights()
+        assert torch.equal(logits(model), expected)
+
+
+def test_a_config_that_is_not_that_of_the_weights_is_refused(tiny_compressed: Compressed, tmp_path: Path) -> None:
+    for field, value in (("vocab_size", 256), ("intermediate_size", 96)):
+        out = Path(shutil.copytree(tiny_compressed("llama", "df11"), tmp_path / field))
+        config = json.loads((out / "config.json").read_text())
+        (out / "config.json").write_text(json.dumps({**config, field: value}))
+        with pytest.raises(ValueError, match="they do not belong together"):
+            compress.load(out)
+
+
+@pytest.mark.parametrize(
+    "change", [{"schemes": 5}, {"base": [1]}, {"modules": {"model.embed_tokens": 9}}, {"modules": {"nothing": 0}}]
+)
+def test_a_config_that_is_not_whole_is_refused(
+    change: dict[str, Any], tiny_compressed: Compressed, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(tiny_compressed("one-layer", "df11"), tmp_path / "out"))
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"] |= change
+    (out / "config.json").write_text(json.dumps(config))
+    for call in (compress.load, lambda path: compress.load(path, coding="fixed"), Source):
+        with pytest.raises(ValueError, match="quantization_config|nothing: no"):
+            call(out)
+
+
+def test_a_float8_tensor_that_no_config_explains_is_verified_as_it_is(tiny_model: Tiny, tmp_path: Path) -> None:
+    tensors = load_file(tiny_model("llama") / "model.safetensors")
+    tensors["extra.weight"] = tensors["lm_head.weight"].to(torch.float8_e4m3fn)
+    source = rewritten(tiny_model("llama"), tmp_path / "source", tensors)
+    compress.quantize(source, tmp_path / "out", "df11", scoring=None)
+    result = CliRunner().invoke(main, ["verify", str(tmp_path / "out"), "--against", str(source)])
+    assert result.exit_code == 0, result.output
+
+
+def test_tensors_given_to_decode_are_checked_before_they_are_read() -> None:
+    tensors = compress.encode(torch.randn(300, 300).bfloat16(), "df11")
+    huge = torch.tensor([-(1 << 40), 1 << 40])
+    sizes = tensors["chunk_bytes"].to(torch.int64)
+    sizes[:2] += huge
+    for wrong in ({"chunk_bytes": sizes}, {"table": tensors["table"].to(torch.int64)}):
+        with pytest.raises(ValueError, match="df11: "):
+            compress.decode({**tensors, **wrong}, "df11")
