@@ -28,8 +28,8 @@ class Comparison:
 def compare(out: Path, model: Path) -> Iterator[Comparison]:
     """A line for every tensor of `model`. Raises ValueError where `out` has no manifest."""
     ledger = manifest.unseal(out / manifest.NAME)["ledger"]
-    coded = Source(out, foreign=False).packed.values()
-    foreign = not coded or not all(packed.scheme.lossless for packed in coded)  # without loss, all is as it was stored
+    coded = Source(out, foreign=False)
+    foreign = not coded.is_coded or coded.is_mixed  # without loss, all is as it was stored
     original, packed = Source(model, foreign), Source(out, foreign)
     for name in original.specs:
         yield _compare(name, ledger.get(name), original, packed)

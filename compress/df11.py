@@ -110,6 +110,7 @@ class Df11(Scheme):
             tensors["like"] = torch.empty((0, *weight.shape), dtype=weight.dtype)
         return tensors if sum(tensor.nbytes for tensor in tensors.values()) < weight.nbytes else {"weight": weight}
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it is compiled already
     def decode(self, tensors: Any) -> Tensor:
         """tensors: as stored, or as `prepare` returns them. Raises ValueError where the codes are damaged."""
         if isinstance(tensors, _Prepared):
@@ -141,10 +142,12 @@ class Df11(Scheme):
         scheme = Df11(**options)
         return scheme, scheme.encode(self.decode(tensors))
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def rows(self, tensors: Any, index: Tensor) -> Tensor:
         """decode(tensors)[index]; on the CPU from the chunks that hold these rows. The weight is (rows, columns)."""
         if isinstance(tensors, _Prepared):
-            return self.decode(tensors)[index]
+            whole: Tensor = self.decode(tensors)
+            return whole[index]
         stored: Tensors = tensors
         rows, columns = _original(stored).shape
         unique, inverse = index.cpu().unique(return_inverse=True)

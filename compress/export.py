@@ -34,16 +34,17 @@ def export(
     """Decodes every weight of `model` and writes it in `to`, one of bf16, fp16, fp32. Integer tensors stay as they are.
 
     to="original" undoes a lossless coding: every tensor as it was, packed by others or not. Raises ValueError for an
-    unknown form, for "original" where something was coded with loss, and where a value does not fit into fp16.
+    unknown form, for "original" where nothing was coded without loss, for tensors that are not those that
+    compress.json describes, and where a value does not fit into fp16.
     """
     if to not in (*DTYPES, ORIGINAL):
         raise ValueError(f"form {to!r} is unknown; choose one of {', '.join((*DTYPES, ORIGINAL))}")
     check_apart(out, model)
     source = Source(model, foreign=to != ORIGINAL)
-    if to == ORIGINAL and not (source.packed and all(packed.scheme.lossless for packed in source.packed.values())):
-        raise ValueError(
-            f"{model}: not coded by a lossless scheme alone, so its original is not in it; export --to bf16"
-        )
+    if to == ORIGINAL and not source.is_coded:
+        raise ValueError(f"{model}: no lossless scheme coded it, so there is nothing to undo")
+    if to == ORIGINAL and source.is_mixed:
+        raise ValueError(f"{model}: not all was coded without loss, so the original is not in it; export --to bf16")
     recipe = {
         "export": str(model.resolve()),
         "to": to,
@@ -104,6 +105,7 @@ def _write_shard(path: Path, source: Source, part: list[Unit]) -> None:
     announced = [(name, spec.dtype, spec.shape) for unit in part for name, spec in unit.specs.items()]
     with ShardWriter(path, announced) as writer:
         for unit in part:
+            source.hashes(unit.source)  # a user throws the packed copy away, trusting this one
             tensor = source.read(unit.source)
             writer.add(unit.source, _cast(unit.source, tensor, unit.specs[unit.source].dtype))
             source.release(unit.source)

@@ -7,6 +7,7 @@ checkpoints that we wrote; those of others still go to the compressed-tensors pa
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,7 +31,6 @@ from compress import dfloat11, planning
 from compress.formats.checkpoint import Checkpoint, weight_files
 from compress.placement import Placement, packed_weights
 from compress.registry import make, scheme_class
-from compress.scheme import Spec
 from compress.source import Source
 from compress.store import Files
 from compress.structure import Structure, read_config
@@ -84,9 +84,12 @@ class CompressQuantizer(HfQuantizer):
         checkpoint = Checkpoint(Path(checkpoint_files[0]).parent)
         self._weights = packed_weights(Files(checkpoint), fields, str(model.config.dtype).removeprefix("torch."))
         self._place = Placement(model, self._weights)
+        if self._place.unused:  # nor will they be in what is saved
+            self.quantization_config.fields = planning.restricted(fields, lambda m: m not in self._place.unused)
+            self._weights = {m: weight for m, weight in self._weights.items() if m not in self._place.unused}
         sources = {weight.packed.source for weight in self._weights.values()}
         specs = Files(checkpoint).specs
-        self._tripwires = [name for name in sources if specs.get(name) == _TRIPWIRE]
+        self._tripwires = [name for name in sources if specs.get(name) == planning.TRIPWIRE]
         ours = {name for weight in self._weights.values() for name in weight.files()} | set(self._tripwires)
         _ignore_when_loading(model, Structure(model, ()), ours)
 
@@ -118,14 +121,17 @@ class CompressQuantizer(HfQuantizer):
         return state, {}
 
     def is_serializable(self, **_: Any) -> bool:
-        return "base" not in self.quantization_config.fields  # what lies below was decoded when it was loaded
+        if "base" not in self.quantization_config.fields:
+            return True
+        logging.getLogger(__name__).warning(
+            "packed tensors that were coded without loss were decoded at loading and cannot be saved as they were; "
+            "copy the directory, or run `compress export --to original`"
+        )
+        return False
 
     @property
     def is_trainable(self) -> bool:
         return False
-
-
-_TRIPWIRE = Spec(torch.uint8, (0,))
 
 
 def _ignore_when_loading(model: PreTrainedModel, structure: Structure, names: set[str]) -> None:
@@ -156,7 +162,7 @@ def load(path: str | Path, device: str | torch.device | None = None, **options: 
     config = read_config(path)
     quantization = getattr(config, "quantization_config", None)
     if quantization and quantization.get("quant_method") == METHOD:
-        Source(path, foreign=False)  # says what is wrong with config.json or the headers
+        Source(path, foreign="base" not in quantization)  # says what is wrong with config.json or the headers
     if options:
         _check_options(path, quantization, options)
     if quantization and _ours(quantization):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from compress.formats.checkpoint import INDEX, PICKLES, SINGLE
-from compress.planning import Plan, weight_shape
+from compress.planning import TRIPWIRE, Plan, weight_shape
 from compress.scheme import Spec
 from compress.source import Source
 
@@ -52,7 +52,7 @@ def _unit(name: str, spec: Spec, modules: tuple[str, ...], plan: Plan) -> Unit:
         specs.update(dict(plan.stored_specs(module, original).values()))
         size += plan.modules[module].scheme.bytes(original.shape, original.dtype)
     if not plan.interchange:
-        specs[name] = Spec(torch.uint8, (0,))  # stops a loader that does not know us
+        specs[name] = TRIPWIRE
     return Unit(name, modules, specs, size, any(plan.modules[module].scheme.sized_by_data for module in modules))
 
 

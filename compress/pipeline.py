@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -109,12 +108,11 @@ def _write_shard(
 ) -> dict[str, Any]:
     announced = [(name, spec.dtype, spec.shape) for unit in group for name, spec in unit.specs.items()]
     hashes: dict[str, list[str]] = {}
-    known: dict[str, str] = {}
     reports: list[dict[str, Any]] = []
     started = time.monotonic()
     with ShardWriter(path, announced) as writer, ThreadPoolExecutor(1) as pool:
         for unit in group:
-            hashing = pool.submit(_source_hashes, source, unit.source, known)  # beside the encoding
+            hashing = pool.submit(source.hashes, unit.source)  # beside the encoding
             reports += [asdict(report) for report in _write_unit(writer, source, plan, unit)]
             hashes[unit.source] = hashing.result()
             source.release(unit.source)
@@ -127,14 +125,6 @@ def _write_shard(
         "reports": reports,
         "seconds": time.monotonic() - started,
     }
-
-
-def _source_hashes(source: Source, name: str, known: dict[str, str]) -> list[str]:
-    """known: of stored tensors that several source tensors are made of."""
-    for stored in source.backing[name]:
-        if stored not in known:
-            known[stored] = hashlib.sha256(source.checkpoint.raw(stored)).hexdigest()
-    return [known[stored] for stored in source.backing[name]]
 
 
 def _write_unit(writer: ShardWriter, source: Source, plan: Plan, unit: Unit) -> Iterator[TensorReport]:

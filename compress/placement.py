@@ -82,6 +82,7 @@ class Placement:
         self.dense: dict[str, list[str]] = {}  # module -> the parameters or buffers of the model that it is
         self._buffers: set[str] = set()  # those of them that are no parameters
         self._untied: set[str] = set()
+        self.unused: set[str] = set()  # stored, and no part of the model
         self._structure = Structure(model, dict.fromkeys(weight.packed.source for weight in weights.values()))
         for module in weights:
             if module in self._structure.linears:
@@ -91,6 +92,8 @@ class Placement:
             if module not in self._structure.linears:
                 self._place_other(module)
         self._keep_untied()
+        if any(isinstance(loaded, CompressedWeight) for loaded in self.loaded.values()):
+            model.resize_token_embeddings = _cannot_resize  # type: ignore[method-assign]
         for loaded in self.loaded.values():
             # Filled by us: transformers must neither look for these in the files nor report them missing.
             loaded._non_persistent_buffers_set.update(loaded._buffers)
@@ -139,7 +142,8 @@ class Placement:
         if tensor is None:
             if not weight.packed.scheme.lossless:
                 raise ValueError(f"config.json compresses {module}, which this model does not have")
-            return  # transformers ignores it in an uncompressed checkpoint too
+            self.unused.add(module)  # transformers ignores it in an uncompressed checkpoint too
+            return
         self._check_shape(module, tuple(tensor.shape))
         targets = [target, *self._untie(target)]
         owner, leaf = self._owner(target)
@@ -246,6 +250,10 @@ class Placement:
     def _owner(self, name: str) -> tuple[nn.Module, str]:
         path, _, leaf = name.rpartition(".")
         return self._model.get_submodule(path), leaf
+
+
+def _cannot_resize(*_: Any, **__: Any) -> Any:
+    raise ValueError("packed embeddings cannot be resized; resize the original, and compress that")
 
 
 @contextmanager

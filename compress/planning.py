@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from compress import interchange
-from compress.registry import did_you_mean, make
+from compress.registry import did_you_mean, make, scheme_class
 from compress.scheme import Scheme, Spec
 from compress.structure import Linear, Structure
 
 VERSION = 2  # of our own layout in config.json
+TRIPWIRE = Spec(torch.uint8, (0,))  # stored as `weight` of packed modules: stops a loader that does not know us
 
 # Local names that stand for another on disk. In our own layout every module stores an empty `weight`, so that a loader
 # that does not know us stops at its shape; a scheme's own `weight` moves aside. transformers' fp8 has its own word.
@@ -111,6 +114,23 @@ def _from_own(config: Mapping[str, Any]) -> dict[str, Packed]:
     return modules
 
 
+def restricted(config: Mapping[str, Any], keep: Callable[[str], bool]) -> dict[str, Any]:
+    """The `quantization_config` of our own layout with those modules only for which `keep` is true."""
+    return {
+        **config,
+        "modules": {module: number for module, number in config["modules"].items() if keep(module)},
+        "sources": {module: source for module, source in config["sources"].items() if keep(module)},
+        "transposed": [module for module in config["transposed"] if keep(module)],
+    }
+
+
+def split(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A `quantization_config` of our own layout as that of its lossless modules and that of the others."""
+    lossless = [scheme_class(fields["scheme"]).lossless for fields in config["schemes"]]
+    modules = config["modules"]
+    return restricted(config, lambda m: lossless[modules[m]]), restricted(config, lambda m: not lossless[modules[m]])
+
+
 def local_tensors(stored: Mapping[str, Spec], modules: Mapping[str, Packed]) -> dict[str, dict[str, str]]:
     """module -> {local name: name in the file}, leaving out biases and the empty `weight` of our own layout.
 
@@ -162,7 +182,7 @@ def resolve(structure: Structure, specs: Mapping[str, Spec], rules: Sequence[Rul
         chosen = _choose(name, rules, counts, scheme if scheme.lossless else None, lossless)
         if chosen is not None and chosen.takes(specs[source]):
             modules[name] = Packed(chosen, source)
-    _check_rules(rules, counts, [*linears, *rest])
+    _check_rules(rules, counts, list(linears), list(rest))
     _check_experts(linears, modules)
     taken = {linears[module].path for module in modules if module in linears}
     dense = _needs_dense(structure, modules)
@@ -207,13 +227,21 @@ def _difference(chosen: Scheme, fitted: Scheme) -> str:
     return ", ".join(f"{key} {before[key]} -> {after[key]}" for key in before if before[key] != after[key])
 
 
-def _check_rules(rules: Sequence[Rule], counts: Mapping[int, int], names: Sequence[str]) -> None:
+def _check_rules(rules: Sequence[Rule], counts: Mapping[int, int], linears: Sequence[str], rest: Sequence[str]) -> None:
+    names = [*linears, *rest]
     for i, rule in enumerate(rules):
         if counts[i] == 0:
+            others = [name for name in rest if rule.matches(name)]
+            if others and rule.scheme:
+                raise ValueError(
+                    f"{rule.origin}: '{rule.pattern}' matches {others[0]}, which is no linear weight, and "
+                    f"{rule.scheme.name} takes no others; a lossless scheme does"
+                )
             tails = [*names, *{name.rpartition(".")[2] for name in names}]
             known = ", ".join(sorted({name.rpartition(".")[2] for name in names})) or "none"
+            kind = "module" if rest else "linear module"
             raise ValueError(
-                f"{rule.origin}: '{rule.pattern}' matches no linear module{did_you_mean(rule.pattern, tails)}; "
+                f"{rule.origin}: '{rule.pattern}' matches no {kind}{did_you_mean(rule.pattern, tails)}; "
                 f"their names end in {known} (a head that is tied to the embedding is none)"
             )
 

@@ -139,7 +139,7 @@ def _score(job: Job, prepared: Prepared, options: Options, progress: Progress | 
         try:
             scores = evaluate(job.checkpoint, prepared.path, **how, progress=progress).to_dict()
         except ValueError as error:
-            kept = f"the weights are done and kept in {job.partial}: the same command scores them, --no-eval does not"
+            kept = f"the weights are kept in {job.partial}: run the same command to score them, or add --no-eval"
             raise ValueError(f"{error}; {kept}") from error
         known = {"how": how, "scores": scores, "seconds": time.monotonic() - started}
         job.note("evaluation", known)

@@ -96,6 +96,9 @@ class Checkpoint:
         entry = self.entries[name]
         return memoryview(self._map(entry.file))[entry.start : entry.end]
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Checkpoint:
+        return self  # what is mapped is never written to; a copied model may share it
+
     def release(self, name: str) -> None:
         """Drops the pages of `name` from this process; a later read maps them again."""
         entry = self.entries[name]

@@ -39,45 +39,62 @@ def code_table(counts: Any) -> Any:
 
     One symbol alone has length 0.
     """
-    symbols = [int(symbol) for symbol in np.flatnonzero(counts)]
-    ranked = sorted(symbols, key=lambda symbol: (int(counts[symbol]), symbol))
-    lengths = dict(zip(ranked, package_merge([int(counts[symbol]) for symbol in ranked], LIMIT), strict=True))
-    rows = sorted((lengths[symbol], symbol) for symbol in symbols)
-    return np.array([(symbol, length) for length, symbol in rows], np.uint8).reshape(-1, 2)
+    symbols = np.flatnonzero(counts)
+    ranked = symbols[np.argsort(counts[symbols], kind="stable")]
+    lengths = package_merge(np.asarray(counts)[ranked].astype(np.int64), LIMIT)
+    order = np.lexsort((ranked, lengths))
+    return np.stack([ranked[order], lengths[order]], axis=1).astype(np.uint8)
 
 
-def package_merge(weights: list[int], limit: int) -> list[int]:
-    """The lengths, at most `limit`, of an optimal prefix code for `weights`, which ascend; at most 2**limit of them."""
-    lengths = [0] * len(weights)
-    if len(weights) < 2:
+@jit
+def package_merge(weights, limit):  # type: ignore[no-untyped-def]
+    """The lengths, (n,) int64 of at most `limit`, of an optimal prefix code for `weights`, which are (n,) int64 and
+    ascend; n is at most 2**limit."""
+    lengths = np.zeros(weights.size, np.int64)
+    if weights.size < 2:
         return lengths
     # Each row merges the weights with pairs of the row before; what counts is only which of its items are weights.
-    rows: list[list[bool]] = []
-    packages: list[int] = []
-    for _ in range(limit):
-        items = sorted([(weight, False) for weight in weights] + [(package, True) for package in packages])
-        rows.append([not is_package for _, is_package in items])
-        packages = [items[i][0] + items[i + 1][0] for i in range(0, len(items) - 1, 2)]
-    taken = 2 * len(weights) - 2
-    for row in reversed(rows):
-        leaves = sum(row[:taken])
-        for i in range(leaves):  # the lightest ones, as in every row
-            lengths[i] += 1
+    are_weights = np.zeros((limit, 2 * weights.size), np.bool_)
+    items = np.empty(2 * weights.size, np.int64)
+    packages = items[:0].copy()
+    for row in range(limit):
+        i = j = 0
+        while i < weights.size or j < packages.size:
+            is_weight = j == packages.size or (i < weights.size and weights[i] <= packages[j])
+            are_weights[row, i + j] = is_weight
+            items[i + j] = weights[i] if is_weight else packages[j]
+            i, j = i + is_weight, j + (not is_weight)
+        packages = items[: (i + j) // 2 * 2 : 2] + items[1 : i + j : 2]
+    taken = 2 * weights.size - 2
+    for row in range(limit - 1, -1, -1):
+        leaves = are_weights[row, :taken].sum()
+        lengths[:leaves] += 1  # the lightest ones, as in every row
         taken = 2 * (taken - leaves)
     return lengths
 
 
 def check_table(table: Any) -> None:
     """Raises ValueError for a table that is not that of a complete canonical code."""
-    if table.ndim != 2 or table.shape[1] != 2 or not are_stored(np.uint8, table):
+    if table.ndim != 2 or table.shape[1] != 2 or not are_stored(np.uint8, table) or not _is_complete(table):
         raise ValueError("the table of code lengths is damaged; download the checkpoint again")
-    lengths = table[:, 1].astype(np.int64)
-    ordered = all((a[1], a[0]) < (b[1], b[0]) for a, b in zip(table, table[1:], strict=False))
-    whole = len(table) == 1 and lengths[0] == 0
-    if len(table) > 1 and lengths.min() > 0 and lengths.max() <= LIMIT:
-        whole = int((1 << (LIMIT - lengths)).sum()) == 1 << LIMIT and len(set(table[:, 0].tolist())) == len(table)
-    if not (ordered and whole):
-        raise ValueError("the table of code lengths is damaged; download the checkpoint again")
+
+
+@jit
+def _is_complete(table):  # type: ignore[no-untyped-def]
+    """Whether the rows ascend by length and symbol, no symbol is there twice, and no code is left over."""
+    if table.shape[0] == 1:
+        return table[0, 1] == 0
+    seen = np.zeros(256, np.bool_)
+    used = 0
+    for i in range(table.shape[0]):
+        symbol, length = np.int64(table[i, 0]), np.int64(table[i, 1])
+        if seen[symbol] or not 1 <= length <= LIMIT:
+            return False
+        if i and (np.int64(table[i - 1, 1]), np.int64(table[i - 1, 0])) >= (length, symbol):
+            return False
+        seen[symbol] = True
+        used += 1 << (LIMIT - length)
+    return used == 1 << LIMIT
 
 
 def chunk_bytes(counts: Any, table: Any) -> Any:
@@ -144,15 +161,21 @@ def _offsets(sizes: Any) -> Any:
     return offsets
 
 
-def _code_words(table: Any) -> Any:
+@jit
+def _code_words(table):  # type: ignore[no-untyped-def]
     """(k,) uint32: the canonical code of each row of the table, its first bit lowest, and its length from bit 16."""
-    words, code, previous = [], 0, int(table[0, 1]) if len(table) else 0
-    for length in table[:, 1].tolist():
+    words = np.zeros(table.shape[0], np.uint32)
+    code = previous = 0
+    for i in range(table.shape[0]):
+        length = np.int64(table[i, 1])
         code <<= length - previous
         previous = length
-        words.append(int(f"{code:0{length}b}"[::-1], 2) | length << 16 if length else 0)
+        word = length << 16
+        for bit in range(length):
+            word |= ((code >> bit) & 1) << (length - 1 - bit)
+        words[i] = word
         code += 1
-    return np.array(words, np.uint32)
+    return words
 
 
 @jit
