@@ -82,11 +82,14 @@ def encode(weight: Tensor, scheme: str = "int4", **options: Any) -> Tensors:
 def decode(tensors: Tensors, scheme: str = "int4", **options: Any) -> Tensor:
     """The (out_features, in_features) weight that `encode` made `tensors` of, given the same scheme and options."""
     made = make(scheme, options)
-    if "weight_shape" in tensors:  # as `encode`, which may have taken a smaller group
+    # as `encode`, which may have taken a smaller group
+    if "weight_shape" in tensors:
         rows, columns = tensors["weight_shape"].tolist()
         made = made.fit((rows, columns))
+    elif "weight" in tensors:
+        made = made.fit(tuple(tensors["weight"].shape))
     try:
-        made.check({name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+        made.check({name: Spec.of(name, tensor) for name, tensor in tensors.items()})
     except ValueError as error:
         raise ValueError(f"{scheme}: {error} (given: {', '.join(tensors) or 'none'})") from None
     return made.decode(tensors)
@@ -113,7 +116,7 @@ def _fitted(weight: Tensor, scheme: str, options: dict[str, Any]) -> Scheme:
         )
     if not weight.isfinite().all():
         raise ValueError(f"weight: holds NaN or infinity, which {scheme} cannot store")
-    return made.fit((weight.shape[0], weight.shape[1]))
+    return made.fit((weight.shape[0], weight.shape[1])).for_dtype(weight.dtype)
 
 
 def _keywords(options: dict[str, Any]) -> str:

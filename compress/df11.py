@@ -21,6 +21,7 @@ from compress.formats.compiled import empty
 from compress.formats.words import WIDTHS, join, split
 from compress.kernels import df11 as kernels
 from compress.scheme import Scheme, Spec, Tensors
+from compress.stats import Stats
 
 SMALLEST = 1024  # weights; of fewer, table and names in the header take what the codes save
 
@@ -91,7 +92,7 @@ class Df11(Scheme):
         size += 0 if low is None else low.nbytes
         return int(min(size, weight.nbytes))
 
-    def encode(self, weight: Tensor) -> Tensors:
+    def encode(self, weight: Tensor, stats: Stats | None = None) -> Tensors:
         """weight: of any shape, bfloat16, float16, float32 or float8, any bits. Returns the tensors to store.
 
         Raises ValueError for another dtype.

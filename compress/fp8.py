@@ -1,49 +1,76 @@
-"""fp8: weights as float8 E4M3 with a scale per tensor, output channel or 128x128 block. Activations stay as they are.
+"""fp8: weights as float8 E4M3 with a scale per tensor, output channel or 128x128 block; on request activations too.
 
-The compressed-tensors `float-quantized` layout (blocks: `naive-quantized`), as vLLM and transformers read it.
+The compressed-tensors `float-quantized` layout (blocks of weights alone: `naive-quantized`), as vLLM and transformers
+read it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from compress.activations import Activations, form, input_scale
 from compress.formats import float8
+from compress.kernels import activations as kernels
 from compress.kernels import decode
 from compress.scheme import Scheme, Spec, Tensors
+from compress.stats import Stats
 
 BLOCK = 128
 
 
 @dataclass(frozen=True)
 class Fp8(Scheme):
-    """8-bit floats (E4M3) with a scale per output channel, tensor or 128x128 block.
+    """8-bit floats (E4M3) with a scale per output channel, tensor or 128x128 block; activations too if asked for.
 
-    w = weight * weight_scale; the largest E4M3 value is 448, and the scale has the source's dtype.
+    w = weight * weight_scale; the largest E4M3 value is 448, and the scale has the source's dtype. activations=dynamic
+    scales each token by its largest value (with blocks, each 128 values of it), static every token by the largest that
+    calibration saw.
     """
 
     name = "fp8"
     granularity: Literal["channel", "tensor", "block"] = "channel"
+    activations: Activations = "none"
+
+    def __post_init__(self) -> None:
+        if self.granularity == "block" and self.activations == "static":  # vLLM refuses it, and no preset has it
+            raise ValueError(
+                "fp8: granularity=block has no form with activations=static; take activations=dynamic, or "
+                "granularity=channel"
+            )
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.activations == "static"
+
+    def fit(self, shape: tuple[int, ...]) -> Fp8:
+        """Groups of activations must divide in_features: where they do not, each token and each channel has a scale."""
+        ragged = self.granularity == "block" and self.activations == "dynamic" and shape[1] % BLOCK != 0
+        return replace(self, granularity="channel") if ragged else self
 
     def specs(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Spec]:
-        return {"weight": Spec(torch.float8_e4m3fn, shape), "weight_scale": Spec(dtype, self._scale_shape(shape))}
+        specs = {"weight": Spec(torch.float8_e4m3fn, shape), "weight_scale": Spec(dtype, self._scale_shape(shape))}
+        return specs | ({"input_scale": Spec(dtype, (1,))} if self.activations == "static" else {})
 
     def original(self, specs: Mapping[str, Spec]) -> Spec:
         return Spec(specs["weight_scale"].dtype, specs["weight"].shape)
 
-    def encode(self, weight: Tensor) -> Tensors:
+    def encode(self, weight: Tensor, stats: Stats | None = None) -> Tensors:
         rows, width = weight.shape
+        static = self.activations == "static"
+        static_scale = {"input_scale": input_scale(self.name, weight, stats, float8.E4M3_MAX)} if static else {}
         block = self._block((rows, width))
         scales = (float8.absmax(weight, *block) / float8.E4M3_MAX).to(weight.dtype)
         scales[scales == 0] = 1  # an all-zero block, or one so small that its scale underflows
         return {
             "weight": float8.to_e4m3(weight, scales, block if self.granularity == "block" else None),
             "weight_scale": scales.reshape(self._scale_shape((rows, width))),
+            **static_scale,
         }
 
     def decode(self, tensors: Tensors) -> Tensor:
@@ -52,6 +79,12 @@ class Fp8(Scheme):
         return decode.e4m3(
             weight, scales.reshape(-(-weight.shape[0] // block[0]), -(-weight.shape[1] // block[1])), block
         )
+
+    def linear(self, x: Tensor, tensors: Tensors, bias: Tensor | None = None) -> Tensor:
+        if self.activations != "none":
+            scale = tensors["input_scale"] if self.activations == "static" else None
+            x = kernels.e4m3(x, scale, self._group_size)
+        return super().linear(x, tensors, bias)
 
     @property
     def interchange(self) -> dict[str, Any]:
@@ -63,8 +96,18 @@ class Fp8(Scheme):
             "dynamic": False,
         }
         if self.granularity == "block":
-            return {"format": "naive-quantized", "weights": {**weights, "block_structure": [BLOCK, BLOCK]}}
-        return {"format": "float-quantized", "weights": weights}
+            weights["block_structure"] = [BLOCK, BLOCK]
+        naive = self.granularity == "block" and self.activations == "none"
+        return {
+            "format": "naive-quantized" if naive else "float-quantized",
+            "weights": weights,
+            "input_activations": form("float", self.activations, self._group_size),
+        }
+
+    @property
+    def _group_size(self) -> int | None:
+        """How many values of a token share a scale of activations; None for all."""
+        return BLOCK if self.granularity == "block" else None
 
     def _block(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Rows and columns that share a scale."""

@@ -1,7 +1,7 @@
 """Loading compressed checkpoints into transformers models, on our kernels.
 
 Importing this module registers `quant_method: compress` with transformers, and takes over the compressed-tensors
-checkpoints that we wrote; those of others still go to the compressed-tensors package. An import does nothing else.
+and bitsandbytes checkpoints that we wrote; those of others still go to these packages. An import does nothing else.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
-from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
+from transformers.utils.quantization_config import BitsAndBytesConfig, CompressedTensorsConfig, QuantizationConfigMixin
 
 from compress import dfloat11, planning
 from compress.formats.checkpoint import Checkpoint, weight_files
@@ -57,12 +57,23 @@ class CompressConfig(QuantizationConfigMixin):
 class _OurCompressedTensors(CompressedTensorsConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        if METHOD in config_dict:
-            return CompressConfig.from_dict({"run": config_dict}, return_unused_kwargs, **kwargs)
-        return CompressedTensorsConfig.from_dict(config_dict, return_unused_kwargs, **kwargs)
+        theirs = CompressConfig if METHOD in config_dict else CompressedTensorsConfig
+        return theirs.from_dict(_to_run(config_dict), return_unused_kwargs, **kwargs)
+
+
+class _OurBitsAndBytes(BitsAndBytesConfig):
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        theirs = CompressConfig if METHOD in config_dict else BitsAndBytesConfig
+        return theirs.from_dict(_to_run(config_dict), return_unused_kwargs, **kwargs)
+
+
+def _to_run(config: dict[str, Any]) -> dict[str, Any]:
+    return {"run": config} if METHOD in config else config
 
 
 AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] = _OurCompressedTensors
+AUTO_QUANTIZATION_CONFIG_MAPPING["bitsandbytes_4bit"] = _OurBitsAndBytes
 
 
 @register_quantizer(METHOD)
@@ -216,9 +227,11 @@ def _no_progress_bar() -> Iterator[None]:
 
 
 def _ours(quantization: Mapping[str, Any]) -> bool:
-    """Whether our kernels run it; compressed-tensors with quantized activations, say, are left to that package."""
+    """Whether our kernels run it; compressed-tensors with 4-bit activations, say, are left to that package."""
+    if METHOD not in quantization and quantization.get("kv_cache_scheme"):
+        return False  # the package quantizes the cache, and we do not
     try:
-        planning.from_config(quantization, ())
+        planning.from_config(quantization, {})
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         return False
     return True

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from compress import interchange
+from compress import bitsandbytes, interchange
 from compress.registry import did_you_mean, make, scheme_class
 from compress.scheme import Scheme, Spec
 from compress.structure import Linear, Structure
@@ -19,7 +19,12 @@ TRIPWIRE = Spec(torch.uint8, (0,))  # stored as `weight` of packed modules: stop
 
 # Local names that stand for another on disk. In our own layout every module stores an empty `weight`, so that a loader
 # that does not know us stops at its shape; a scheme's own `weight` moves aside. transformers' fp8 has its own word.
-ALIASES = {"qweight": "weight", "weight_scale_inv": "weight_scale"}
+# So has bitsandbytes, with dots in it.
+ALIASES = {
+    "qweight": "weight",
+    "weight_scale_inv": "weight_scale",
+    **{stored: local for local, stored in bitsandbytes.NAMES.items()},
+}
 
 
 @dataclass(frozen=True)
@@ -54,21 +59,24 @@ class Plan:
     left: tuple[str, ...] = ()  # stored linear weights that stay as they are
     paths: dict[str, str] = field(default_factory=dict)  # module -> its name in the model
     ignore: tuple[str, ...] = ()  # the model's linear modules that stay as they are
-    interchange: bool = False  # compressed-tensors layout; otherwise our own
+    interchange: str | None = None  # whose layout it is: compressed-tensors, bitsandbytes; None: our own
     dense: bool = False  # transformers has no place for the packed tensors of some modules
     notes: dict[str, str] = field(default_factory=dict)
     rule_counts: tuple[tuple[str, int], ...] = ()
+    dtype: torch.dtype = torch.bfloat16  # of the weights, as far as they have one
     base: Mapping[str, Any] | None = None  # the `quantization_config` of what was compressed, where that stays packed
 
     def stored_specs(self, module: str, original: Spec) -> dict[str, tuple[str, Spec]]:
         """local name -> (name in the file, spec) of everything that is written for a module, without the tripwire."""
         specs = self.modules[module].scheme.specs(original.shape, original.dtype)
-        moved = {} if self.interchange else {"weight": "qweight"}
+        moved = {None: {"weight": "qweight"}, bitsandbytes.METHOD: bitsandbytes.NAMES}.get(self.interchange, {})
         return {local: (f"{module}.{moved.get(local, local)}", spec) for local, spec in specs.items()}
 
     def to_config(self) -> dict[str, Any]:
         """The `quantization_config` of config.json."""
         schemes = {module: packed.scheme for module, packed in self.modules.items()}
+        if self.interchange == bitsandbytes.METHOD:
+            return bitsandbytes.write(schemes.values(), self.ignore, self.dtype)
         if self.interchange:
             return interchange.write(schemes, self.paths, self.ignore, self.dense)
         distinct = list(dict.fromkeys(schemes.values()))
@@ -84,19 +92,24 @@ class Plan:
         return config if self.base is None else {**config, "base": self.base}
 
 
-def from_config(config: Mapping[str, Any], stored: Iterable[str]) -> dict[str, Packed]:
-    """module -> Packed of a compressed checkpoint. stored: the names of its tensors."""
+def from_config(config: Mapping[str, Any], stored: Mapping[str, Spec]) -> dict[str, Packed]:
+    """module -> Packed of a compressed checkpoint. stored: its tensors."""
     method = config.get("quant_method")
     if method == "compress":
         return _from_own(config)
-    readers = {"compressed-tensors": interchange.read, "fp8": interchange.read_fp8}
+    readers: dict[str, Callable[..., dict[str, Scheme]]] = {
+        "compressed-tensors": interchange.read,
+        "fp8": interchange.read_fp8,
+        bitsandbytes.METHOD: bitsandbytes.read,
+    }
     if method not in readers:
         raise ValueError(
-            f"it is already compressed with {method!r}; give an uncompressed checkpoint, or one in fp8 or "
-            "compressed-tensors weight-only form"
+            f"it is already compressed with {method!r}; give an uncompressed checkpoint, or one in fp8, "
+            "compressed-tensors weight-only or bitsandbytes nf4 form"
         )
     schemes = readers[method](config, stored)
-    return {module: Packed(scheme, f"{module}.weight") for module, scheme in schemes.items()}
+    transposed = set(config.get("transposed", ()))  # `Source` finds that out
+    return {m: Packed(scheme, f"{m}.weight", transposed=m in transposed) for m, scheme in schemes.items()}
 
 
 def _from_own(config: Mapping[str, Any]) -> dict[str, Packed]:
@@ -138,10 +151,10 @@ def local_tensors(stored: Mapping[str, Spec], modules: Mapping[str, Packed]) -> 
     """
     found: dict[str, dict[str, str]] = {module: {} for module in modules}
     for name, spec in stored.items():
-        module, _, local = name.rpartition(".")
-        if module not in found or local == "bias" or (local == "weight" and 0 in spec.shape):
+        module, local = _split(name)
+        if module not in found or local == "bias" or (name == f"{module}.weight" and 0 in spec.shape):
             continue
-        known, local = modules[module].scheme.locals, ALIASES.get(local, local)
+        known = modules[module].scheme.locals
         if known is None or local in known:
             found[module][local] = name
     for module, names in found.items():
@@ -150,6 +163,15 @@ def local_tensors(stored: Mapping[str, Spec], modules: Mapping[str, Packed]) -> 
         except ValueError as error:
             raise ValueError(f"{module}: {error}") from None
     return found
+
+
+def _split(name: str) -> tuple[str, str]:
+    """The module and the local name of a stored tensor."""
+    for stored, local in ALIASES.items():
+        if name.endswith(f".{stored}"):
+            return name.removesuffix(f".{stored}"), local
+    module, _, local = name.rpartition(".")
+    return module, local
 
 
 def resolve(structure: Structure, specs: Mapping[str, Spec], rules: Sequence[Rule], scheme: Scheme) -> Plan:
@@ -172,11 +194,13 @@ def resolve(structure: Structure, specs: Mapping[str, Spec], rules: Sequence[Rul
         chosen = _choose(name, rules, counts, default)
         if chosen is None or not chosen.takes(spec):
             left.append(name)
+            if chosen is not None and not chosen.lossless:
+                notes[name] = f"{chosen.name} does not take {'x'.join(map(str, spec.shape))}: stays as it is"
             continue
         fitted = chosen.fit(spec.shape)
         if fitted != chosen:
             notes[name] = f"in_features {spec.shape[1]}: {_difference(chosen, fitted)}"
-        modules[name] = Packed(fitted, linear.source, linear.index, linear.transposed)
+        modules[name] = Packed(fitted.for_dtype(spec.dtype), linear.source, linear.index, linear.transposed)
     for name, source in rest.items():
         lossless = [i for i, rule in enumerate(rules) if rule.scheme is None or rule.scheme.lossless]
         chosen = _choose(name, rules, counts, scheme if scheme.lossless else None, lossless)
@@ -186,15 +210,18 @@ def resolve(structure: Structure, specs: Mapping[str, Spec], rules: Sequence[Rul
     _check_experts(linears, modules)
     taken = {linears[module].path for module in modules if module in linears}
     dense = _needs_dense(structure, modules)
+    method = _method(structure, modules, dense)
+    others = bitsandbytes.replaced(structure.model) if method == bitsandbytes.METHOD else structure.native_paths()
     return Plan(
         modules=modules,
         left=tuple(left),
         paths={module: linears[module].path for module in modules if module in linears and linears[module].native},
-        ignore=tuple(path for path in structure.native_paths() if path not in taken),
-        interchange=_can_interchange(linears, modules, dense),
+        ignore=tuple(path for path in others if path not in taken),
+        interchange=method,
         dense=dense,
         notes=notes,
         rule_counts=tuple((rule.origin, counts[i]) for i, rule in enumerate(rules)),
+        dtype=next((specs[packed.source].dtype for packed in modules.values()), torch.bfloat16),
     )
 
 
@@ -264,13 +291,22 @@ def _needs_dense(structure: Structure, modules: Mapping[str, Packed]) -> bool:
     return bool(packed) and not structure.initializes_packed(linears[name].path for name in packed)
 
 
+def _method(structure: Structure, modules: Mapping[str, Packed], dense: bool) -> str | None:
+    """The `quant_method` in whose layout all of it can be written, if there is one."""
+    methods = {interchange.method(packed.scheme) for packed in modules.values()} or {interchange.METHOD}
+    if methods == {bitsandbytes.METHOD}:
+        taken = {structure.linears[module].path for module in modules}
+        return bitsandbytes.METHOD if bitsandbytes.holds(structure.model, taken) else None
+    if methods == {interchange.METHOD} and _can_interchange(structure.linears, modules, dense):
+        return interchange.METHOD
+    return None
+
+
 def _can_interchange(linears: Mapping[str, Linear], modules: Mapping[str, Packed], dense: bool) -> bool:
     schemes = {packed.scheme for packed in modules.values()}
-    if not all(scheme.interchange is not None for scheme in schemes):
-        return False
     experts = any(linears[module].expert is not None for module in modules)
-    if experts and not all(getattr(scheme, "symmetric", True) for scheme in schemes):
-        return False  # transformers cannot decode the zero points of experts
+    if experts and not all(interchange.decodes_experts(scheme) for scheme in schemes):
+        return False
     # Where transformers must decode while loading, it takes one scheme for the whole checkpoint.
     if interchange.needs_dequantize(schemes, dense) and len(schemes) > 1:
         return False

@@ -69,7 +69,7 @@ class Prepared:
             named = ", ".join(self.plan.left[:4]) + _and_more(self.plan.left, 4)
             notes.append(f"linear weights left as they are: {named}")
         if self.plan.modules and not self.plan.interchange:
-            notes.append("compressed-tensors has no form for this plan: it is written in our own layout")
+            notes.append("no other library has a form for this plan: it is written in our own layout")
         if not self.plan.modules:
             notes.append("no weight was found to compress: the result is a copy")
         return notes

@@ -14,8 +14,12 @@ if TYPE_CHECKING:
 
 SCHEMES = {
     "int4": "compress.int4:Int4",
-    "int8": "compress.int4:Int8",
+    "int8": "compress.int8:Int8",
     "fp8": "compress.fp8:Fp8",
+    "nf4": "compress.nf4:Nf4",
+    "mxfp4": "compress.mx:Mxfp4",
+    "mxfp8": "compress.mx:Mxfp8",
+    "nvfp4": "compress.nvfp4:Nvfp4",
     "df11": "compress.df11:Df11",
 }
 
@@ -43,14 +47,14 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Scheme:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """A scheme for people: what it is, its size with default options on a Gaussian bfloat16 weight, its options."""
+    """A scheme for people: what it is, its options, and with defaults its size on a Gaussian bfloat16 weight."""
     import torch
 
     cls = scheme_class(name)
     about = (cls.__doc__ or "").strip().split("\n")[0]
     weight = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0)).bfloat16()
     bits = 8 * cls().fit((2048, 2048)).measure(weight) / weight.numel()
-    needs = {"lossless": cls.lossless, "needs_calibration": cls.needs_calibration}
+    needs = {"lossless": cls.lossless, "needs_calibration": cls().needs_calibration}
     return {"name": name, "about": about, "bits_per_weight": bits, **needs, "options": options(name)}
 
 

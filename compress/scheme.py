@@ -6,26 +6,43 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compress.stats import Stats
+
 Tensors = dict[str, Tensor]
+TEXT_BYTES = 4096  # more no `Spec` takes along
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a safetensors header says of a tensor."""
+    """What a safetensors header says of a tensor; and the `text` of one that describes the others of its weight."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+    text: bytes | None = field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> Spec:
+        """Of a tensor. name: local, or in a file."""
+        text = None
+        if describes(name) and tensor.dtype == torch.uint8 and tensor.numel() <= TEXT_BYTES:
+            text = bytes(tensor.flatten().tolist())
+        return cls(tensor.dtype, tuple(tensor.shape), text)
 
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def describes(name: str) -> bool:
+    """Whether a tensor of this name holds the text that its weight is known by: bitsandbytes' `quant_state`."""
+    return "quant_state" in name.split(".")
 
 
 @dataclass(frozen=True)
@@ -38,12 +55,30 @@ class Scheme(ABC):
 
     name: ClassVar[str]
     lossless: ClassVar[bool] = False  # every bit comes back, so it takes every tensor, with NaN and infinity in it
-    needs_calibration: ClassVar[bool] = False
     locals: ClassVar[frozenset[str] | None] = None  # local names, where others may lie beside them in a module
     sized_by_data: ClassVar[bool] = False  # what is stored depends on the values, and not only on their number
 
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether its weights are to be fitted to data: `encode` is given stats wherever tokens reach a layer."""
+        return False
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether `encode` uses the Hessian of its stats."""
+        return False
+
+    @property
+    def wants_scaled_inputs(self) -> bool:
+        """Whether its errors shrink where channels that carry much are scaled up before (`awq.py`)."""
+        return False
+
     def fit(self, shape: tuple[int, ...]) -> Scheme:
         """The scheme for an (out_features, in_features) weight: itself, or for example with a group that divides it."""
+        return self
+
+    def for_dtype(self, dtype: torch.dtype) -> Scheme:
+        """The scheme for a weight of this dtype: itself, or one that says it, where what is stored does not."""
         return self
 
     def takes(self, spec: Spec) -> bool:
@@ -62,8 +97,11 @@ class Scheme(ABC):
         return self.bytes(tuple(weight.shape), weight.dtype)
 
     @abstractmethod
-    def encode(self, weight: Tensor) -> Tensors:
-        """weight: (out_features, in_features), bfloat16, float16 or float32, finite. Returns the tensors to store."""
+    def encode(self, weight: Tensor, stats: Stats | None = None) -> Tensors:
+        """weight: (out_features, in_features), bfloat16, float16 or float32, finite. Returns the tensors to store.
+
+        stats: of the inputs of the linear layer; None where nothing was calibrated.
+        """
 
     @abstractmethod
     def decode(self, tensors: Tensors) -> Tensor:
@@ -92,7 +130,10 @@ class Scheme(ABC):
 
     @property
     def interchange(self) -> dict[str, Any] | None:
-        """The `format` and `weights` of a compressed-tensors config group that reads this, if there is one."""
+        """What the `quantization_config` of another library that reads this says of it, if there is one.
+
+        The `format` and `weights` of a compressed-tensors config group; or with `quant_method`, fields of its own.
+        """
         return None
 
     def bytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress import dfloat11, planning
+from compress import bitsandbytes, dfloat11, planning
 from compress.formats import manifest
 from compress.formats.checkpoint import Checkpoint
 from compress.planning import TRIPWIRE, Packed
@@ -102,7 +102,7 @@ class Source:
     def _decode_lossless(self, quantization: dict[str, Any]) -> dict[str, Any] | None:
         """Decodes what a lossless scheme of ours packed. Returns the `quantization_config` of the rest, if any."""
         with self._named():
-            planning.from_config(quantization, ())
+            planning.from_config(quantization, {})
             lossless, lossy = planning.split(quantization)
         if lossless["modules"]:
             self._decode(lossless)
@@ -115,6 +115,8 @@ class Source:
     def _decode(self, quantization: dict[str, Any]) -> None:
         dtype = str(self.config.get("dtype") or self.config.get("torch_dtype"))
         with self._named():
+            if quantization.get("quant_method") == bitsandbytes.METHOD:
+                quantization = {**quantization, "transposed": self._transposed()}
             self._store = decoded = Decoded(self._store, quantization, dtype)
         self.packed |= decoded.packed
 
@@ -126,6 +128,11 @@ class Source:
             raise ValueError(f"{self.path}/config.json: quantization_config is not whole ({error!r})") from None
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
+
+    def _transposed(self) -> list[str]:
+        """The modules that bitsandbytes stores turned round: GPT-2's Conv1D."""
+        structure = Structure(build(read_config(self.path)), self._store.specs)
+        return [module for module, linear in structure.linears.items() if linear.transposed]
 
     def _decode_units(self, config: object) -> None:
         described = read_config(self.path)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compress import planning
 from compress.formats.checkpoint import Checkpoint
-from compress.scheme import Spec, Tensors
+from compress.scheme import Spec, Tensors, describes
 
 
 class Store(Protocol):
@@ -38,6 +38,8 @@ class Files:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self.specs = {name: Spec(entry.dtype, entry.shape) for name, entry in checkpoint.entries.items()}
+        for name in filter(describes, self.specs):
+            self.specs[name] = Spec.of(name, checkpoint.read(name))
         self.backing = {name: [name] for name in self.specs}
 
     def read(self, name: str, index: int | None = None) -> Tensor:

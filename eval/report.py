@@ -108,4 +108,4 @@ def _loading(loader: str | None) -> str:
         "from transformers import AutoModelForCausalLM\n"
         "model = AutoModelForCausalLM.from_pretrained(DIR)\n"
     )
-    return f"## Loading\n\n```python\n{ours}{plain}```\n\nThe layout is compressed-tensors, which vLLM reads.\n"
+    return f"## Loading\n\n```python\n{ours}{plain}```\n\nThe layout is that package's; vLLM reads it too.\n"

@@ -25,14 +25,16 @@ def to_e4m3(weight: Tensor, scales: Tensor, block: tuple[int, int] | None = None
     if not bool((scales > 0).all()):
         raise ValueError("scales: all must be positive; store 1 for a block of zeros")
     rows, cols = weight.shape
-    lines, height = _lines(scales.float(), rows, cols, block)
+    lines, height, width = _lines(scales.float(), rows, cols, block)
     if weight.device.type != "cpu":
+        lines = lines if lines.shape[1] == 1 else lines.repeat_interleave(width, dim=1)[:, :cols]
         line_of_row = torch.arange(rows, device=weight.device) // height
         # Clamped because torch 2.11 casts what lies beyond 448 to NaN.
         return (weight / lines[line_of_row]).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     source, shift = float_bits(weight)
     codes = np.empty((rows, cols), np.uint8)
-    in_threads(_encode_rows, rows, weight.numel(), source, shift, lines.detach().contiguous().numpy(), height, codes)
+    arguments = (source, shift, lines.detach().contiguous().numpy(), height, width, codes)
+    in_threads(_encode_rows, rows, weight.numel(), *arguments)
     return torch.from_numpy(codes).view(torch.float8_e4m3fn)
 
 
@@ -68,27 +70,29 @@ def _blocks(rows: int, cols: int, block: tuple[int, int]) -> tuple[int, int]:
     return -(-rows // block[0]), -(-cols // block[1])
 
 
-def _lines(scales: Tensor, rows: int, cols: int, block: tuple[int, int] | None) -> tuple[Tensor, int]:
-    """Scales as lines (n, 1 or cols), and how many rows of the weight share a line."""
+def _lines(scales: Tensor, rows: int, cols: int, block: tuple[int, int] | None) -> tuple[Tensor, int, int]:
+    """Scales as lines, how many rows of the weight share a line, and how many neighbours in a row share a scale."""
     if block is None:
         scales = scales.expand(1, 1) if scales.ndim < 2 and scales.numel() == 1 else scales
         if scales.ndim != 2 or scales.shape[0] not in (1, rows) or scales.shape[1] not in (1, cols):
             raise ValueError(f"scales: {tuple(scales.shape)} does not broadcast to the weight's {(rows, cols)}")
-        return scales, max(1, rows) if scales.shape[0] == 1 else 1
+        return scales, max(1, rows) if scales.shape[0] == 1 else 1, max(1, cols) if scales.shape[1] == 1 else 1
     wanted = _blocks(rows, cols, block)
     if scales.shape != wanted:
         raise ValueError(f"scales: {wanted} blocks of {block} make up the weight, not {tuple(scales.shape)}")
-    return scales if wanted[1] == 1 else scales.repeat_interleave(block[1], dim=1)[:, :cols], block[0]
+    return scales, block[0], min(block[1], max(1, cols))
 
 
 @jit
-def _encode_rows(start, stop, source, shift, lines, height, codes):  # type: ignore[no-untyped-def]
+def _encode_rows(start, stop, source, shift, lines, height, width, codes):  # type: ignore[no-untyped-def]
     for row in range(start, stop):
         line = lines[row // height]
-        if line.shape[0] == 1:
-            _encode_with_one_scale(source[row], shift, line[0], codes[row])
-        else:
+        if width == 1:
             _encode(source[row], shift, line, codes[row])
+            continue
+        for i in range(line.shape[0]):
+            part = slice(i * width, (i + 1) * width)
+            _encode_with_one_scale(source[row, part], shift, line[i], codes[row, part])
 
 
 @jit

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from compress.formats.bitpack import packed_width, unpack
 from compress.formats.compiled import empty, in_threads, jit
+from compress.formats.float4 import E2M1
+from compress.formats.float4 import unpack as unpack_nibbles
 
 _TABLE = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
 
@@ -43,21 +45,21 @@ def groups_torch(packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int
     return (q * scales[:, :, None].float()).flatten(1).to(scales.dtype)
 
 
-def e4m3(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
-    """weight * scale in float32, rounded to the scales' dtype.
+def e4m3(weight: Tensor, scales: Tensor, block: tuple[int, int], dtype: torch.dtype | None = None) -> Tensor:
+    """weight * scale in float32, rounded to `dtype`, by default the scales'.
 
     weight: (rows, columns) float8_e4m3fn. scales: (m, n), each for a block of rows x columns, the last of a row or
     column of blocks smaller.
     """
     if weight.device.type != "cpu":
-        return e4m3_torch(weight, scales, block)
+        return e4m3_torch(weight, scales, block, dtype)
     rows, columns = weight.shape
     _check_shape("scales", scales, (-(-rows // block[0]), -(-columns // block[1])))
     arguments = (weight.contiguous().view(torch.uint8).numpy(), scales.float().numpy(), *block, _TABLE)
-    return _run(_e4m3_rows, rows, columns, scales.dtype, arguments)
+    return _run(_e4m3_rows, rows, columns, dtype or scales.dtype, arguments)
 
 
-def e4m3_torch(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
+def e4m3_torch(weight: Tensor, scales: Tensor, block: tuple[int, int], dtype: torch.dtype | None = None) -> Tensor:
     """`e4m3` in plain torch, on any device."""
     rows, columns = weight.shape
     spread = scales.float()
@@ -65,7 +67,26 @@ def e4m3_torch(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor
         spread = spread.repeat_interleave(block[0], 0)[:rows]
     if scales.shape[1] > 1:
         spread = spread.repeat_interleave(block[1], 1)[:, :columns]
-    return (weight.float() * spread).to(scales.dtype)
+    return (weight.float() * spread).to(dtype or scales.dtype)
+
+
+def e2m1(packed: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+    """code * scale in float32, rounded to `dtype`. Returns (rows, groups * group_size).
+
+    packed: (rows, columns / 2) uint8, as formats.float4 lays it out. scales: (rows, groups) float32; group_size even.
+    """
+    if packed.device.type != "cpu":
+        return e2m1_torch(packed, scales, group_size, dtype)
+    rows, count = scales.shape
+    _check_shape("packed", packed, (rows, count * group_size // 2))
+    arguments = (packed.contiguous().numpy(), scales.float().contiguous().numpy(), group_size, E2M1.numpy())
+    return _run(_e2m1_rows, rows, count * group_size, dtype, arguments)
+
+
+def e2m1_torch(packed: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+    """`e2m1` in plain torch, on any device."""
+    values = E2M1.to(packed.device)[unpack_nibbles(packed).long()]
+    return (values * scales.float().repeat_interleave(group_size, 1)).to(dtype)
 
 
 def _check_shape(name: str, tensor: Tensor, wanted: tuple[int, int]) -> None:
@@ -139,4 +160,18 @@ def _e4m3_rows(start, stop, out, dropped, codes, scales, rows_per_scale, columns
             scale = scales[row // rows_per_scale, block]
             for i in range(first, min(first + columns_per_scale, columns)):
                 values[i] = table[codes[row, i]] * scale
+        _store(values, out[row], dropped)
+
+
+@jit
+def _e2m1_rows(start, stop, out, dropped, packed, scales, group_size, table):  # type: ignore[no-untyped-def]
+    values = np.empty(out.shape[1], np.float32)
+    half = group_size // 2
+    for row in range(start, stop):
+        for group in range(scales.shape[1]):
+            scale = scales[row, group]
+            for i in range(group * half, (group + 1) * half):
+                code = packed[row, i]
+                values[2 * i] = table[code & np.uint8(15)] * scale
+                values[2 * i + 1] = table[code >> np.uint8(4)] * scale
         _store(values, out[row], dropped)

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+import compress
 from compress.fp8 import BLOCK, Fp8
+from compress.registry import make
+from compress.stats import Stats
 
 
 def test_powers_of_two_come_back_exactly() -> None:
@@ -60,3 +63,57 @@ def test_bits_per_weight() -> None:
     assert Fp8("tensor").bytes((256, 256), torch.bfloat16) == 256 * 256 + 2
     assert Fp8("channel").bytes((256, 256), torch.bfloat16) == 256 * 256 + 512
     assert Fp8("block").bytes((256, 257), torch.bfloat16) == 256 * 257 + 2 * 6
+
+
+def test_a_linear_rounds_each_token_to_e4m3() -> None:
+    # scales of 1 and 2: 17 lies halfway between 16 and 18, 34 between 32 and 36, and both go to the even mantissa
+    x = torch.tensor([[448.0, 17.0], [896.0, 34.0]])
+    for granularity in ("tensor", "channel"):
+        scheme = Fp8(granularity, "dynamic")  # type: ignore[arg-type]
+        got = scheme.linear(x, scheme.encode(torch.tensor([[448.0, 1.0]])))
+        assert got.tolist() == [[448.0 * 448 + 16], [896.0 * 448 + 32]]
+        assert Fp8(granularity).linear(x, scheme.encode(torch.tensor([[448.0, 1.0]]))).tolist() == [  # type: ignore[arg-type]
+            [448.0 * 448 + 17],
+            [896.0 * 448 + 34],
+        ]
+
+
+def test_blocks_scale_128_values_of_a_token() -> None:
+    scheme = Fp8("block", "dynamic")
+    tensors = scheme.encode(torch.eye(2 * BLOCK))
+    x = torch.ones(1, 2 * BLOCK)
+    x[0, 0], x[0, BLOCK], x[0, 1] = 1e6, 448.0, 3.0
+    got = scheme.linear(x, tensors)[0]
+    assert got[0] == pytest.approx(1e6, rel=1e-6)
+    # 1e6 / 448 is the step's reach: 3 and 1 vanish beside it, and 1 stays in the other group
+    assert not got[1:BLOCK].gt(5).any() and torch.equal(got[BLOCK + 1 :], x[0, BLOCK + 1 :])
+
+
+def test_a_static_scale_comes_from_the_largest_input() -> None:
+    scheme = Fp8("tensor", "static")
+    absmax = torch.tensor([3.0, 896.0])
+    tensors = scheme.encode(torch.tensor([[448.0, 1.0]]), Stats(1, absmax**2, absmax, absmax))
+    assert tensors["input_scale"].tolist() == [2.0]
+    # 34 / 2 lies halfway between 16 and 18, and what lies beyond 2 * 448 is taken to it
+    assert scheme.linear(torch.tensor([[34.0, 5000.0]]), tensors).tolist() == [[32.0 * 448 + 896.0]]
+
+
+def test_a_width_that_groups_do_not_divide_is_scaled_by_token_and_channel() -> None:
+    scheme = Fp8("block", "dynamic")
+    assert scheme.fit((64, 2 * BLOCK)) == scheme
+    assert scheme.fit((64, 100)) == Fp8("channel", "dynamic")
+    assert Fp8("block").fit((64, 100)) == Fp8("block")
+    weight = torch.randn(4, 100, generator=torch.Generator().manual_seed(0))
+    options = {"granularity": "block", "activations": "dynamic"}
+    decoded = compress.decode(compress.encode(weight, "fp8", **options), "fp8", **options)
+    assert torch.equal(decoded, Fp8("channel").decode(Fp8("channel").encode(weight)))
+
+
+def test_blocks_do_not_go_with_static_activations() -> None:
+    with pytest.raises(ValueError, match="granularity=block has no form with activations=static"):
+        make("fp8", {"granularity": "block", "activations": "static"})
+
+
+def test_only_static_activations_need_calibration() -> None:
+    needs = {how: make("fp8", {"activations": how}).needs_calibration for how in ("none", "dynamic", "static")}
+    assert needs == {"none": False, "dynamic": False, "static": True}

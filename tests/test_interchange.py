@@ -6,7 +6,7 @@ One other process, which never imports us, loads every directory and writes some
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import compress
+from compress import hf
 from compress.export import export
 from compress.formats.checkpoint import Checkpoint
 from compress.fp8 import Fp8
@@ -26,6 +27,7 @@ from compress.int4 import Int4
 from compress.interchange import read, read_fp8
 from compress.kernels.linear import CompressedLinear
 from compress.recipe import Rules
+from compress.samples import Samples
 
 Running = Callable[[Any], dict[str, Tensor]]
 pytest.importorskip("compressed_tensors")
@@ -37,7 +39,7 @@ import torch, transformers
 from pathlib import Path
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
-from compressed_tensors.quantization.utils import calculate_qparams
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -59,7 +61,7 @@ def write(path, source, fields):
             continue
         args, weight = scheme.weights, module.weight.data
         rows, columns = weight.shape
-        if args.strategy == "group":
+        if args.strategy in ("group", "tensor_group"):
             parts, over = weight.view(rows, -1, args.group_size), -1
         elif args.strategy == "block":
             high, wide = args.block_structure
@@ -67,8 +69,13 @@ def write(path, source, fields):
             parts, over = padded.view(-(-rows // high), high, -(-columns // wide), wide), (1, 3)
         else:
             parts, over = (weight, -1) if args.strategy == "channel" else (weight.flatten(), 0)
-        scale, zero = calculate_qparams(parts.amin(over), parts.amax(over), args)
+        overall = getattr(module, "weight_global_scale", None)
+        if overall is not None:
+            overall.data.copy_(generate_gparam(weight.min(), weight.max()))
+        scale, zero = calculate_qparams(parts.amin(over), parts.amax(over), args, overall)
         module.weight_scale.data.copy_(scale.view(module.weight_scale.shape))
+        if hasattr(module, "input_scale"):
+            module.input_scale.data.fill_(3 / 448 if args.type == "float" else 3 / 127)
         if getattr(module, "weight_zero_point", None) is not None:
             module.weight_zero_point.data.copy_(zero.view(module.weight_zero_point.shape))
     compressor = ModelCompressor(quantization_config=config)
@@ -102,6 +109,7 @@ MIXED = """
 - {match: up_proj, scheme: int4, bits: 6, group_size: 64}
 """
 WIDTHS = range(2, 9)
+SMALL = ("mxfp4", "mxfp8", "nvfp4")
 # what it is called -> (tiny model, scheme, options): written in the compressed-tensors layout
 LAYOUT: dict[str, tuple[str, str, dict[str, Any]]] = {
     **{f"symmetric-{bits}": ("llama", "int4", {"bits": bits, "group_size": 64}) for bits in WIDTHS},
@@ -115,6 +123,16 @@ LAYOUT: dict[str, tuple[str, str, dict[str, Any]]] = {
         for name in ("llama-ragged", "llama-wide")
         for granularity in ("tensor", "channel", "block")
     },
+    **{
+        f"fp8-{granularity}-{how}": ("llama-wide", "fp8", {"granularity": granularity, "activations": how})
+        for granularity in ("tensor", "channel")
+        for how in ("dynamic", "static")
+    },
+    # groups of 128 activations divide only the width of down_proj
+    "fp8-block-dynamic": ("llama", "fp8", {"granularity": "block", "activations": "dynamic"}),
+    **{f"int8-{how}": ("llama-ragged", "int8", {"activations": how}) for how in ("dynamic", "static")},
+    **{f"{name}-int8-dynamic": (name, "int8", {"activations": "dynamic"}) for name in ("llama-tied-biased", "t5")},
+    **{f"{name}-fp8-dynamic": (name, "fp8", {"activations": "dynamic"}) for name in ("phi3", "gemma3", "falcon")},
     "tied-biased-int4": ("llama-tied-biased", "int4", {}),
     "tied-biased-fp8": ("llama-tied-biased", "fp8", {}),
     "recipe": ("llama", "int4", {"recipe": MIXED}),
@@ -127,8 +145,22 @@ LAYOUT: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mamba-int4": ("mamba", "int4", {"group_size": 4}),
     **{f"{name}-fp8": (name, "fp8", {}) for name in ("phi3", "t5", "falcon", "mixtral", "qwen2-moe", "deepseek-v3")},
     **{f"{name}-block": (name, "fp8", {"granularity": "block"}) for name in ("mixtral", "deepseek-v3")},
+    # 172 is no multiple of 16, so down_proj stays as it is
+    **{f"{name}-{fp}": (name, fp, {}) for name in ("llama-ragged", "llama-wide", "phi3", "falcon") for fp in SMALL},
+    **{f"{form}-{fp}": ("llama", fp, {"source": form}) for form in ("fp16", "fp32") for fp in SMALL},
+    **{f"{name}-mxfp4": (name, "mxfp4", {}) for name in ("mixtral", "qwen3-moe")},
+    "small-recipe": (
+        "llama",
+        "mxfp4",
+        {"recipe": "- {match: q_proj, scheme: nvfp4}\n- {match: o_proj, scheme: mxfp8}"},
+    ),
     "mixtral-int4": ("mixtral", "int4", {"group_size": 64}),
     "qwen3-moe-int4": ("qwen3-moe", "int4", {"group_size": 32}),
+}
+# experts: transformers decodes them while loading, and leaves activations as they are
+DECODED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "mixtral-fp8-static": ("mixtral", "fp8", {"activations": "static"}),
+    "deepseek-v3-fp8-dynamic": ("deepseek-v3", "fp8", {"activations": "dynamic"}),
 }
 # what no other loader can read: it must fail, not run on random weights
 OWN: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -137,9 +169,18 @@ OWN: dict[str, tuple[str, str, dict[str, Any]]] = {
     "stacked-int4": ("gpt-oss", "int4", {}),
     "stacked-fp8": ("gpt-oss", "fp8", {}),
     "llama4-int4": ("llama4", "int4", {}),
+    "experts-int8-dynamic": ("mixtral", "int8", {"activations": "dynamic"}),
+    "experts-int8-static": ("qwen3-moe", "int8", {"activations": "static"}),
     "experts-mixed-groups": ("mixtral", "int4", {}),
     "experts-asymmetric": ("mixtral", "int4", {"group_size": 64, "symmetric": False}),
     "falcon-mixed-groups": ("falcon", "int4", {}),
+    **{f"experts-{fp}": ("mixtral", fp, {}) for fp in ("mxfp8", "nvfp4")},
+    **{f"conv1d-{fp}": ("gpt2", fp, {}) for fp in SMALL},
+    "fp16-small-recipe": ("llama", "mxfp4", {"recipe": "- {match: q_proj, scheme: nvfp4}", "source": "fp16"}),
+    "experts-nf4": ("mixtral", "nf4", {}),
+    "subclass-nf4": ("falcon", "nf4", {}),  # bitsandbytes takes no subclass of nn.Linear
+    "kept-nf4": ("t5", "nf4", {}),  # nor what a model keeps in float32
+    "read-nf4": ("mamba", "nf4", {}),  # whose code multiplies with the weight itself
     "asymmetric-mixed-groups": ("llama", "int4", {"symmetric": False}),
 }
 
@@ -148,8 +189,16 @@ def weights_of(kind: str, strategy: str, **more: Any) -> dict[str, Any]:
     return {"num_bits": 8, "type": kind, "strategy": strategy, "symmetric": True, "dynamic": False, **more}
 
 
-def one_group(layout: str, weights: dict[str, Any]) -> dict[str, Any]:
-    return {"format": layout, "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
+def one_group(layout: str, weights: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"format": layout, "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, **more}}}
+
+
+def small_of(bits: int, strategy: str, group_size: int, scale_dtype: str) -> dict[str, Any]:
+    return weights_of("float", strategy, num_bits=bits, group_size=group_size, scale_dtype=scale_dtype)
+
+
+def inputs_of(kind: str, strategy: str, dynamic: bool, **more: Any) -> dict[str, Any]:
+    return {"input_activations": weights_of(kind, strategy, **more) | {"dynamic": dynamic}}
 
 
 # checkpoints that the library writes: name -> (tiny model, fields of its config)
@@ -166,6 +215,25 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
         "llama-wide",
         one_group("naive-quantized", weights_of("float", "block", block_structure=[128, 128])),
     ),
+    "fp8-static": (
+        "llama-wide",
+        one_group("float-quantized", weights_of("float", "tensor"), **inputs_of("float", "tensor", False)),
+    ),
+    "fp8-dynamic": (
+        "llama",
+        one_group("float-quantized", weights_of("float", "channel"), **inputs_of("float", "token", True)),
+    ),
+    "int8-static": (
+        "llama-ragged",
+        one_group("int-quantized", weights_of("int", "channel"), **inputs_of("int", "tensor", False)),
+    ),
+    "int8-dynamic": (
+        "llama-tied-biased",
+        one_group("int-quantized", weights_of("int", "channel"), **inputs_of("int", "token", True)),
+    ),
+    "mxfp4": ("llama", one_group("mxfp4-pack-quantized", small_of(4, "group", 32, "torch.uint8"))),
+    "mxfp8": ("llama", one_group("mxfp8-quantized", small_of(8, "group", 32, "torch.uint8"))),
+    "nvfp4": ("llama-wide", one_group("nvfp4-pack-quantized", small_of(4, "tensor_group", 16, "torch.float8_e4m3fn"))),
     "two-groups": (
         "llama",
         {
@@ -196,7 +264,11 @@ def difference(found: Tensor, reference: Tensor) -> float:
 
 def quantized(source: Path, out: Path, scheme: str, options: dict[str, Any]) -> Path:
     options = dict(options)
+    options = {"method": "rtn", **options} if scheme == "int4" else options
     recipe, exclude = options.pop("recipe", None), options.pop("exclude", ())
+    if "source" in options:  # in another dtype
+        export(source, out.with_suffix(".source"), options.pop("source"))
+        source = out.with_suffix(".source")
     if recipe:
         out.with_suffix(".yaml").write_text(recipe)
     rules = Rules(out.with_suffix(".yaml") if recipe else None, exclude=exclude)
@@ -209,11 +281,20 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("interchange")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def calibrated() -> Iterator[None]:
+    """The tiny models have no tokenizer: they are calibrated with tokens, not with text."""
+    tokens = torch.randint(3, 60, (4, 16), generator=torch.Generator().manual_seed(0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compress.run.draw", lambda *_: Samples(tokens, "random"))
+        yield
+
+
 @pytest.fixture(scope="module")
 def elsewhere(base: Path, tiny_model: Callable[[str], Path]) -> dict[str, dict[str, Any]]:
     """name -> logits and state dict, or error, of every directory in a process without us."""
     tasks: list[tuple[str, str, dict[str, Any]]] = []
-    for name, (model, scheme, options) in {**LAYOUT, **OWN}.items():
+    for name, (model, scheme, options) in {**LAYOUT, **DECODED, **OWN}.items():
         out = quantized(tiny_model(model), base / name, scheme, options)
         tasks.append((str(out), AutoConfig.from_pretrained(tiny_model(model)).architectures[0], {}))
     for name in THEIRS:
@@ -247,6 +328,30 @@ def test_transformers_loads_it_without_us(
         assert torch.equal(weight, theirs["state"][path]), path
     # The weights are the same; a kernel may sum in another order, which bf16 rounds.
     assert difference(logits(ours), theirs["logits"]) < 0.01
+
+
+@pytest.mark.parametrize("name", [name for name, (_, _, options) in LAYOUT.items() if "activations" in options])
+def test_activations_are_quantized_as_the_package_does_it(
+    name: str, base: Path, elsewhere: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, theirs = compress.load(base / name), elsewhere[name]["logits"]
+    ours = difference(logits(model), theirs)
+    for function in ("e4m3", "int8"):
+        monkeypatch.setattr(f"compress.kernels.activations.{function}", lambda x, *_: x)
+    assert ours < 0.1 * difference(logits(model), theirs)
+
+
+@pytest.mark.parametrize("name", DECODED)
+def test_quantized_activations_of_experts_are_left_out_by_transformers_and_the_card_says_so(
+    name: str, base: Path, elsewhere: dict[str, dict[str, Any]], running_weights: Running
+) -> None:
+    theirs = elsewhere[name]
+    assert "error" not in theirs, theirs["error"]
+    ours = compress.load(base / name)
+    for path, weight in running_weights(ours).items():
+        assert torch.equal(weight, theirs["state"][path]), path
+    assert 0 < difference(logits(ours), theirs["logits"]) < 0.3
+    assert "activations are not quantized" in (base / name / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -317,6 +422,16 @@ def test_their_checkpoint_is_compressed_again(base: Path, elsewhere: dict[str, d
     assert not any("weight_shape" in name for name in ledger)
 
 
+def test_their_checkpoint_with_a_quantized_cache_is_left_to_their_package() -> None:
+    config = {
+        "quant_method": "compressed-tensors",
+        **one_group("float-quantized", weights_of("float", "channel"), **inputs_of("float", "token", True)),
+    }
+    assert hf._ours(config)
+    assert not hf._ours({**config, "kv_cache_scheme": weights_of("float", "tensor")})
+    assert hf._ours({**config, "kv_cache_scheme": None})
+
+
 def test_importing_us_leaves_their_checkpoints_to_their_package(
     base: Path, elsewhere: dict[str, dict[str, Any]]
 ) -> None:
@@ -338,7 +453,9 @@ def test_our_layout_is_read_back_as_it_was_planned(base: Path, elsewhere: dict[s
 @pytest.mark.parametrize(
     "group, message",
     [
-        ({"input_activations": {"num_bits": 8}, "weights": weights_of("float", "channel")}, "quantized activations"),
+        ({"input_activations": {"num_bits": 8}, "weights": weights_of("float", "channel")}, "activations quantized in"),
+        ({"weights": weights_of("float", "channel"), **inputs_of("float", "tensor", True)}, "activations quantized in"),
+        ({"weights": weights_of("int", "group", group_size=128), **inputs_of("int", "token", True)}, "activations qu"),
         ({"weights": weights_of("int", "channel")}, "8-bit int weights per channel are not supported"),
         ({"weights": weights_of("float", "group", num_bits=4)}, "4-bit float weights per group are not supported"),
         ({"format": "int-quantized", "weights": weights_of("int", "group")}, "8-bit int weights per group"),

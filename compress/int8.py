@@ -1,0 +1,89 @@
+"""int8: the 8-bit preset of `int4`; with quantized activations (W8A8), the compressed-tensors `int-quantized` layout.
+
+SmoothQuant (arXiv:2211.10438) is a folding of scales before this, and no part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from compress.activations import Activations, form, input_scale
+from compress.int4 import Int4
+from compress.kernels import activations as kernels
+from compress.scheme import Spec, Tensors
+from compress.stats import Stats
+
+
+@dataclass(frozen=True)
+class Int8(Int4):
+    """The 8-bit preset of `int4`; with activations=dynamic or static, int8 times int8 and a scale per output channel.
+
+    dynamic scales each token by its largest value, static every token by the largest that calibration saw.
+    """
+
+    name = "int8"
+    bits: int = 8
+    method: Literal["awq+gptq", "gptq", "awq", "rtn"] = "rtn"  # at 8 bits there is next to nothing to make good
+    activations: Activations = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self._quantizes and (self.bits, self.group_size, self.symmetric) != (8, Int4.group_size, True):
+            raise ValueError(
+                f"int8: with activations={self.activations}, weights are symmetric 8-bit integers with a scale per "
+                "output channel; leave out bits, group_size and symmetric"
+            )
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.activations == "static" or super().needs_calibration
+
+    def fit(self, shape: tuple[int, ...]) -> Int4:
+        return self if self._quantizes else super().fit(shape)
+
+    def specs(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Spec]:
+        if not self._quantizes:
+            return super().specs(shape, dtype)
+        specs = {"weight": Spec(torch.int8, shape), "weight_scale": Spec(dtype, (shape[0], 1))}
+        return specs | ({"input_scale": Spec(dtype, (1,))} if self.activations == "static" else {})
+
+    def original(self, specs: Mapping[str, Spec]) -> Spec:
+        if not self._quantizes:
+            return super().original(specs)
+        return Spec(specs["weight_scale"].dtype, specs["weight"].shape)
+
+    def encode(self, weight: Tensor, stats: Stats | None = None) -> Tensors:
+        if not self._quantizes:
+            return super().encode(weight, stats)
+        width = weight.shape[1]
+        static = self.activations == "static"
+        scales = {"input_scale": input_scale(self.name, weight, stats, kernels.INT8_MAX)} if static else {}
+        packed = replace(self, activations="none", group_size=width).encode(weight, stats)
+        codes = packed["weight_packed"].view(torch.uint8)[:, :width] ^ 128  # q + 128 as two's complement
+        return {"weight": codes.view(torch.int8), "weight_scale": packed["weight_scale"], **scales}
+
+    def decode(self, tensors: Tensors) -> Tensor:
+        if not self._quantizes:
+            return super().decode(tensors)
+        return tensors["weight"].to(tensors["weight_scale"].dtype) * tensors["weight_scale"]
+
+    def linear(self, x: Tensor, tensors: Tensors, bias: Tensor | None = None) -> Tensor:
+        if self._quantizes:
+            x = kernels.int8(x, tensors["input_scale"] if self.activations == "static" else None)
+        return super().linear(x, tensors, bias)
+
+    @property
+    def interchange(self) -> dict[str, Any]:
+        if not self._quantizes:
+            return super().interchange
+        weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+        return {"format": "int-quantized", "weights": weights, "input_activations": form("int", self.activations)}
+
+    @property
+    def _quantizes(self) -> bool:
+        return self.activations != "none"

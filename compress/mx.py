@@ -1,0 +1,134 @@
+"""mxfp4 and mxfp8: the OCP Microscaling formats, blocks of 32 with a power of two as scale. Weight-only; needs no data.
+
+"OCP Microscaling Formats (MX) Specification 1.0" (2023), in the compressed-tensors layouts `mxfp4-pack-quantized` and
+`mxfp8-quantized`. MXFP6, MXINT8 and mxfp8 in E5M2 are left out.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from compress.formats import float4, float8
+from compress.formats.float4 import E8M0
+from compress.kernels import decode
+from compress.microscaling import E2M1, E4M3, Element, Microscaling, search
+from compress.scheme import Spec, Tensors
+from compress.stats import Stats
+
+BIAS = 127  # of E8M0: the byte e stands for 2**(e - 127)
+
+
+@dataclass(frozen=True)
+class _Mx(Microscaling):
+    block = 32
+    element: ClassVar[Element]
+
+    def encode(self, weight: Tensor, stats: Stats | None = None) -> Tensors:
+        self._check(weight)
+        exponents = self._exponents(weight, stats)
+        return {**self._round(weight, E8M0[exponents.int()]), "weight_scale": exponents}
+
+    @abstractmethod
+    def _round(self, weight: Tensor, scales: Tensor) -> Tensors:
+        """weight / scale to the nearest code. scales: (out_features, blocks) float32, powers of two."""
+
+    def _exponents(self, weight: Tensor, stats: Stats | None) -> Tensor:
+        """(out_features, blocks) uint8.
+
+        The specification's rule (section 6.3) is floor(log2(largest of the block)) less that of the element type's
+        largest. It cuts what lies beyond the latter, so one more or less may be nearer.
+        """
+        maxima = float8.absmax(weight, 1, self.block)
+        largest = math.frexp(self.element.largest)[1] - 1
+        # A larger scale than `top` only has codes that the dtype cannot hold, and those that `top` has too.
+        top = math.frexp(torch.finfo(self.torch_dtype).max / self.element.largest)[1] - 1 + BIAS
+        exponents = (float4.floor_exponent(maxima) - largest + BIAS).clamp(0, top)
+        exponents = exponents.where(maxima > 0, BIAS).to(torch.uint8)
+        return search(weight, exponents, E8M0, (0, 1, -1), top, self.element, stats) if self.search else exponents
+
+    def _interchange(self, bits: int, layout: str) -> dict[str, Any]:
+        weights = {
+            "num_bits": bits,
+            "type": "float",
+            "symmetric": True,
+            "group_size": self.block,
+            "strategy": "group",
+            "dynamic": False,
+            "scale_dtype": "torch.uint8",
+        }
+        return {"format": layout, "weights": weights}
+
+
+@dataclass(frozen=True)
+class Mxfp4(_Mx):
+    """4-bit floats (E2M1) with a power of two as scale for every 32 along in_features: OCP MXFP4.
+
+    search tries the rule's exponent, one more and one less; dtype is filled in from the weight.
+    """
+
+    name = "mxfp4"
+    element = E2M1
+
+    def specs(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Spec]:
+        rows, width = shape
+        return {
+            "weight_packed": Spec(torch.uint8, (rows, width // 2)),
+            "weight_scale": Spec(torch.uint8, (rows, width // self.block)),
+        }
+
+    def original(self, specs: Mapping[str, Spec]) -> Spec:
+        rows, half = specs["weight_packed"].shape
+        return Spec(self.torch_dtype, (rows, 2 * half))
+
+    def decode(self, tensors: Tensors) -> Tensor:
+        scales = _scales(tensors["weight_scale"])
+        return decode.e2m1(tensors["weight_packed"], scales, self.block, self.torch_dtype)
+
+    @property
+    def interchange(self) -> dict[str, Any]:
+        return self._interchange(4, "mxfp4-pack-quantized")
+
+    def _round(self, weight: Tensor, scales: Tensor) -> Tensors:
+        return {"weight_packed": float4.pack(float4.to_e2m1(weight, scales))}
+
+
+@dataclass(frozen=True)
+class Mxfp8(_Mx):
+    """8-bit floats (E4M3) with a power of two as scale for every 32 along in_features: OCP MXFP8.
+
+    search tries the rule's exponent, one more and one less; dtype is filled in from the weight.
+    """
+
+    name = "mxfp8"
+    element = E4M3
+
+    def specs(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Spec]:
+        rows, width = shape
+        return {
+            "weight": Spec(torch.float8_e4m3fn, (rows, width)),
+            "weight_scale": Spec(torch.uint8, (rows, width // self.block)),
+        }
+
+    def original(self, specs: Mapping[str, Spec]) -> Spec:
+        return Spec(self.torch_dtype, specs["weight"].shape)
+
+    def decode(self, tensors: Tensors) -> Tensor:
+        return decode.e4m3(tensors["weight"], _scales(tensors["weight_scale"]), (1, self.block), self.torch_dtype)
+
+    @property
+    def interchange(self) -> dict[str, Any]:
+        return self._interchange(8, "mxfp8-quantized")
+
+    def _round(self, weight: Tensor, scales: Tensor) -> Tensors:
+        return {"weight": float8.to_e4m3(weight, scales, (1, self.block))}
+
+
+def _scales(exponents: Tensor) -> Tensor:
+    return E8M0.to(exponents.device)[exponents.int()]

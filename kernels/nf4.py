@@ -1,0 +1,72 @@
+"""Decoding 4-bit codes that stand for levels of a block's largest magnitude; blocks run over the flattened weight.
+
+On the CPU a compiled loop, elsewhere plain torch; the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.formats.compiled import empty, in_threads, jit
+
+
+def decode(
+    packed: Tensor, absmax: Tensor, levels: Tensor, block_size: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """level * absmax in float32, rounded to `dtype`, one of bf16, fp16, fp32. Returns a tensor of `shape`.
+
+    packed: (ceil(count / 2), 1) uint8, the first of each two codes in the high bits. absmax: (blocks,) float32.
+    levels: (16,) float32. block_size: even. Raises ValueError where the tensors are not as long as that takes.
+    """
+    count = math.prod(shape)
+    blocks = -(-count // block_size)
+    _check("packed", packed, torch.uint8, -(-count // 2))
+    _check("absmax", absmax, torch.float32, blocks)
+    _check("levels", levels, torch.float32, 16)
+    if packed.device.type != "cpu":
+        return decode_torch(packed, absmax, levels, block_size, shape, dtype)
+    # The compiled loop makes bits of bf16 or of float32; these become float16 in a second step.
+    words, dropped = (torch.int16, 16) if dtype == torch.bfloat16 else (torch.int32, 0)
+    out = empty((count,), words)
+    arguments = (packed.contiguous().view(-1).numpy(), absmax.contiguous().numpy(), levels.contiguous().numpy())
+    unsigned = out.numpy().view(np.uint16 if dropped else np.uint32)
+    in_threads(_decode_blocks, blocks, count, unsigned, dropped, block_size, *arguments)
+    return out.view(torch.bfloat16 if dropped else torch.float32).to(dtype).view(shape)
+
+
+def decode_torch(
+    packed: Tensor, absmax: Tensor, levels: Tensor, block_size: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """`decode` in plain torch, on any device."""
+    count = math.prod(shape)
+    codes = torch.stack((packed.view(-1) >> 4, packed.view(-1) & 15), dim=1).view(-1)[:count]
+    return (levels[codes.int()] * absmax.repeat_interleave(block_size)[:count]).to(dtype).view(shape)
+
+
+def _check(name: str, tensor: Tensor, dtype: torch.dtype, count: int) -> None:
+    # The compiled loop does not check its bounds.
+    if tensor.dtype != dtype or tensor.numel() != count:
+        found = f"{tensor.numel()} values of {tensor.dtype}"
+        raise ValueError(f"{name}: there are {found}, and {count} of {dtype} are needed")
+
+
+@jit
+def _decode_blocks(start, stop, out, dropped, block_size, packed, absmax, levels):  # type: ignore[no-untyped-def]
+    words = np.empty(16, out.dtype)
+    half = np.uint32(0x7FFF if dropped else 0)
+    odd = np.uint32(1 if dropped else 0)
+    for block in range(start, stop):
+        bits = (levels * absmax[block]).view(np.uint32)
+        for j in range(16):  # a block has few values: they are rounded once
+            words[j] = (bits[j] + half + ((bits[j] >> np.uint32(16)) & odd)) >> np.uint32(dropped)
+        part = out[block * block_size : (block + 1) * block_size]
+        codes = packed[block * block_size // 2 : (block + 1) * block_size // 2]
+        for i in range(part.shape[0] // 2):
+            part[2 * i] = words[codes[i] >> np.uint8(4)]
+            part[2 * i + 1] = words[codes[i] & np.uint8(15)]
+        if part.shape[0] % 2:
+            part[-1] = words[codes[-1] >> np.uint8(4)]
