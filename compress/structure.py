@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -43,6 +44,8 @@ BUILD_ERRORS = (
 )
 # What configs call the number of experts of a layer.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+# Experts that transformers multiplies as (in_features, out_features) without an attribute that says so.
+TRANSPOSED = ("Llama4TextExperts",)
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,9 @@ class Linear:
     router: bool  # decides which experts run
 
 
-def build(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of a config, on the meta device. Raises ValueError where transformers cannot build it."""
+def build(config: PretrainedConfig, with_buffers: bool = False) -> PreTrainedModel:
+    """The model of a config on the meta device, its buffers computed where asked for. Raises ValueError where
+    transformers cannot build it."""
     names = config.architectures
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise ValueError('config.json names no architecture; add for example "architectures": ["LlamaForCausalLM"]')
@@ -73,7 +77,7 @@ def build(config: PretrainedConfig) -> PreTrainedModel:
             "a newer transformers may know it (code shipped with a checkpoint is not run)"
         )
     try:
-        with torch.device("meta"):
+        with init_empty_weights(include_buffers=False) if with_buffers else torch.device("meta"):
             model: PreTrainedModel = cls(config)
     except BUILD_ERRORS as error:
         raise ValueError(f"config.json: {names[0]} cannot be built from it: {error}") from None
@@ -195,7 +199,7 @@ class Structure:
 
     def _experts(self, name: str, target: str, pattern: str | None, parameter: Tensor) -> list[Linear]:
         owner = self.model.get_submodule(target.rpartition(".")[0])
-        transposed = bool(getattr(owner, "is_transposed", False))
+        transposed = bool(getattr(owner, "is_transposed", type(owner).__name__ in TRANSPOSED))
         shared: dict[str, Any] = {"source": name, "path": target, "native": False, "head": False, "router": False}
         if pattern is None:
             return [

@@ -14,18 +14,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.kernels.linear import CompressedLinear
+# What multiplies with a weight as it lies in the model: (out_features, in_features), or transposed.
+_PRODUCTS = {False: (F.linear,), True: (torch.matmul, Tensor.matmul, Tensor.__matmul__)}
 
 
 class ExpertWeight:
     """The weight of one expert: the rows of `parts`, one below the other; transposed, (in_features, out_features)."""
 
-    def __init__(self, parts: Sequence[CompressedLinear], transposed: bool) -> None:
+    def __init__(self, parts: Sequence[Any], transposed: bool) -> None:
         self.parts, self.transposed = parts, transposed
 
     def dense(self) -> Tensor:
         weight = torch.cat([part.weight for part in self.parts])
         return weight.T if self.transposed else weight
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """x: (..., in_features). Returns (..., out_features) of all parts side by side."""
+        return torch.cat([part(x) for part in self.parts], dim=-1)
 
     @property
     def shape(self) -> torch.Size:
@@ -35,8 +40,8 @@ class ExpertWeight:
     def __torch_function__(
         cls, function: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:
-        if function is F.linear and len(args) >= 2 and isinstance(args[1], ExpertWeight) and not args[1].transposed:
-            y = torch.cat([part(args[0]) for part in args[1].parts], dim=-1)
+        if len(args) >= 2 and isinstance(args[1], ExpertWeight) and function in _PRODUCTS[args[1].transposed]:
+            y = args[1].multiply(args[0])
             bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
             return y if bias is None else y + bias
         # In the dtype of the activations, as the other linears run: a model may be loaded in another than it is stored.
@@ -46,12 +51,12 @@ class ExpertWeight:
 
 
 class CompressedExperts(nn.Module):
-    """experts[e] is a list of parts, whose rows make the weight of expert e."""
+    """experts[e] is a list of linear layers without bias, packed or not, whose rows make the weight of expert e."""
 
     # transformers initialises parameters that no checkpoint fills; there is nothing here that it could initialise.
     _is_hf_initialized = True
 
-    def __init__(self, experts: Sequence[Sequence[CompressedLinear]], transposed: bool) -> None:
+    def __init__(self, experts: Sequence[Sequence[nn.Module]], transposed: bool) -> None:
         super().__init__()
         self.experts = nn.ModuleList(nn.ModuleList(parts) for parts in experts)
         self.transposed = transposed

@@ -1,0 +1,340 @@
+"""A model that runs one decoder block at a time, from a checkpoint that need not fit into memory.
+
+The model is built without weights. To run block k, the model's own forward pass is called: it makes masks, positions
+and whatever else its blocks want; the blocks before k give back what they gave when it was their turn, block k runs,
+and there the pass ends. So nothing has to be known of an architecture but where its blocks are.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Container, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from compress.fold import Fold, find
+from compress.formats.files import replacing
+from compress.kernels.experts import CompressedExperts
+from compress.source import Source
+from compress.stats import Accumulator, Stats
+from compress.structure import Linear, Structure, build, read_config
+
+BATCH_TOKENS = 4096  # that run at once
+OUTSIDE = ""  # the name of what belongs to no block
+
+
+class _Stop(Exception):
+    """The pass has come as far as it should. args[0]: the block that it would have run next, None for the head."""
+
+
+class Blocks:
+    """The blocks of a model in the order in which they run; each is measured, changed and left behind.
+
+    samples: (n, length) int64 tokens. linears: the layers that are asked for, by module name. folder: where the
+    activations between the blocks lie; they outlive the process, so that another can `leave` what was closed. Weights
+    and activations are float32 on a CPU, and of the model's dtype on other devices.
+    """
+
+    def __init__(
+        self, source: Source, linears: Mapping[str, Linear], samples: Tensor, folder: Path, device: str = "cpu"
+    ) -> None:
+        self._source, self._folder, self._device = source, folder, torch.device(device)
+        self.model = _build(source)
+        self._dtype = torch.float32 if self._device.type == "cpu" else self.model.dtype
+        self._structure = Structure(self.model, source.specs)
+        self._head = self.model.get_output_embeddings()
+        self._batches = samples.split(max(1, BATCH_TOKENS // samples.shape[1]))
+        self._blocks = _blocks(self.model)
+        self._linears: dict[str, dict[str, Linear]] = {block: {} for block in (*self._blocks, OUTSIDE)}
+        for module, linear in linears.items():
+            self._linears[self._block_of(linear.path)][module] = linear
+        self._last: dict[str, str] = {}  # list of blocks -> the last of them that is done
+        self._places: dict[str, nn.Module] = {}  # module -> what multiplies with its weight
+        self._batch, self._outputs = -1, dict[str, Any]()
+        self._stored = {
+            self._structure.target(name)[0]: name for name in source.specs if self._structure.is_placed(name)
+        }
+        self._members: dict[str, list[str]] = {block: [] for block in (*self._blocks, OUTSIDE)}
+        for name in self.model.state_dict():
+            self._members[self._block_of(name)].append(name)
+        self._open_outside()
+
+    @property
+    def names(self) -> list[str]:
+        """All blocks, whether or not the model comes to them; those of one list in the order in which they run."""
+        return list(self._blocks)
+
+    def next(self) -> str | None:
+        """The block whose turn it is: the first of those that are not done that the model comes to. None: no more."""
+        return self._run(0)
+
+    def linears(self, block: str) -> list[str]:
+        """The modules that were asked for in a block, or OUTSIDE of all."""
+        return list(self._linears[block])
+
+    def open(self, block: str) -> None:
+        """Reads the weights of a block; for OUTSIDE, those of the head."""
+        if block != OUTSIDE:
+            self._materialize(self._members[block])
+        elif self._head is not None and any(linear.head for linear in self._linears[OUTSIDE].values()):
+            self._materialize(self._head_members())
+            del self._head.forward
+        for module, linear in self._linears[block].items():
+            if linear.expert is None:
+                self._places[module] = self.model.get_submodule(linear.path)
+
+    def measure(self, block: str, hessians: Container[str]) -> dict[str, Stats | None]:
+        """Runs the samples through an open block. hessians: the modules that want theirs. None: no token came there."""
+        observer = _Observer()
+        modules = self._linears[block]
+        hooks = [
+            self._places[module].register_forward_pre_hook(observer.hook(module, module in hessians))
+            for module in modules
+        ]
+        try:
+            for batch in range(len(self._batches)):
+                self._run(batch, block)
+                observer.end_pass()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return {module: observer.stats(module) for module in modules}
+
+    def folds(self, block: str) -> list[Fold]:
+        """The folds of an open block: how scales can move in it without changing what it computes."""
+        config = self.model.config.get_text_config()
+        head_dim = getattr(config, "head_dim", None) or _quotient(config, "hidden_size", "num_attention_heads")
+
+        def run() -> Tensor:
+            kept: list[Any] = []
+            self._run(0, block, kept)
+            output: Tensor = kept[0] if isinstance(kept[0], Tensor) else kept[0][0]
+            return output.float()
+
+        return find(self.model, block, head_dim, run)
+
+    def stored(self, parameter: str) -> str | None:
+        """The tensor of the checkpoint that a parameter of the model is."""
+        return self._stored.get(parameter)
+
+    def put(self, parameter: str, tensor: Tensor) -> None:
+        """Replaces a parameter of an open block."""
+        _put(*self._owner(parameter), self._cast(tensor))
+
+    def set(self, module: str, weight: Tensor) -> None:
+        """weight: (out_features, in_features), what stands for the layer's own from now on."""
+        place = self._places[module]
+        weight = weight.T.contiguous() if isinstance(place, Conv1D) else weight
+        place.weight = nn.Parameter(weight.to(self._device, self._dtype), requires_grad=False)
+
+    def close(self, block: str) -> None:
+        """Runs the samples through a block as it is now, keeps what it gives, and drops its weights."""
+        for batch in range(len(self._batches)):
+            kept: list[Any] = []
+            self._run(batch, block, kept)
+            with replacing(self._file(block, batch)) as unfinished:
+                torch.save(_moved(kept[0], torch.device("cpu"), block), unfinished)
+        self._blocks[block].to("meta")
+        for module in self._linears[block]:
+            del self._places[module]
+
+    def leave(self, blocks: Iterable[str]) -> None:
+        """Blocks that were closed, perhaps by another process: they give what the last of them gave then."""
+        for block in blocks:
+            path = block.rpartition(".")[0]
+            for batch in range(len(self._batches)) if path in self._last else ():
+                self._file(self._last[path], batch).unlink(missing_ok=True)
+            self._last[path], self._batch = block, -1
+            self._blocks[block].forward = self._replaying(path)
+
+    def _replaying(self, path: str) -> Callable[..., Any]:
+        return lambda *_, **__: self._output(self._last[path])
+
+    def _run(self, batch: int, block: str = OUTSIDE, kept: list[Any] | None = None) -> str | None:
+        """One pass, which ends behind `block` and puts what it gave into `kept`. Returns the block that stopped it."""
+        if batch != self._batch:
+            self._batch, self._outputs = batch, {}
+        ids = self._batches[batch].to(self._device)
+        extra = {"decoder_input_ids": ids} if self.model.config.is_encoder_decoder else {}
+        if block != OUTSIDE:
+            self._blocks[block].forward = _ending(self._blocks[block], kept)
+        try:
+            with torch.no_grad():
+                self.model(input_ids=ids, **extra)
+        except _Stop as stop:
+            reached: str | None = stop.args[0]
+            return reached
+        return None
+
+    def _output(self, block: str) -> Any:
+        """What a closed block gave for the batch that is run."""
+        if block not in self._outputs:
+            loaded = torch.load(self._file(block, self._batch), mmap=True, weights_only=True)
+            self._outputs[block] = _moved(loaded, self._device, block)
+        return self._outputs[block]
+
+    def _file(self, block: str, batch: int) -> Path:
+        return self._folder / f"{block}.{batch:05d}.pt"
+
+    def _open_outside(self) -> None:
+        heads = set(self._head_members())
+        self._materialize([name for name in self._members[OUTSIDE] if name not in heads])
+        for path, module in self.model.named_modules():
+            if isinstance(module, nn.Embedding) and self._block_of(path) == OUTSIDE:
+                module.register_forward_hook(lambda _, __, output: output.to(self._dtype))
+        for name, block in self._blocks.items():
+            block.forward = _stopping(name)
+        if self._head is not None:
+            self._head.forward = _stopping(None)
+        if hasattr(self.model, "set_experts_implementation"):
+            self.model.set_experts_implementation("eager")  # the others multiply with a whole 3-D parameter at once
+
+    def _head_members(self) -> list[str]:
+        path = next((path for path, module in self.model.named_modules() if module is self._head), None)
+        return [] if path is None else [name for name in self._members[OUTSIDE] if name.startswith(f"{path}.")]
+
+    def _block_of(self, name: str) -> str:
+        return next((block for block in self._blocks if name == block or name.startswith(f"{block}.")), OUTSIDE)
+
+    def _materialize(self, names: Iterable[str]) -> None:
+        tied = self._structure.tied()
+        stacks = {linear.path for linear in self._structure.linears.values() if linear.expert is not None}
+        for name in names:
+            stored = self._stored.get(name) or self._stored.get(tied.get(name, ""))
+            owner, leaf = self._owner(name)
+            if name in stacks:
+                self._place_experts(name)
+            elif stored is not None:
+                tensor = self._source.read(stored)
+                # An embedding is used row by row: it stays as it is mapped from the file.
+                is_rows = isinstance(owner, nn.Embedding) and self._block_of(name) == OUTSIDE
+                _put(owner, leaf, tensor if is_rows and self._device.type == "cpu" else self._cast(tensor))
+            elif leaf in owner._parameters:
+                raise ValueError(
+                    f"{name}: no tensor of the checkpoint has this name, or transformers makes it of several, which "
+                    "calibration cannot follow; choose method=rtn"
+                )
+
+    def _place_experts(self, path: str) -> None:
+        parts = [linear for linear in self._structure.linears.values() if linear.path == path]
+        owner, leaf = self._owner(path)
+        experts: list[list[nn.Linear]] = [[] for _ in range(self._structure.parameters[path].shape[0])]
+        for linear in sorted(parts, key=lambda linear: linear.part):
+            weight = self._source.read(linear.source, linear.index)
+            weight = weight.T if linear.transposed else weight
+            place = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            place.weight = nn.Parameter(self._cast(weight).contiguous(), requires_grad=False)
+            assert linear.expert is not None
+            experts[linear.expert].append(place)
+            self._places[linear.module] = place
+        delattr(owner, leaf)
+        setattr(owner, leaf, _Experts(experts, parts[0].transposed))
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device, self._dtype if tensor.is_floating_point() else tensor.dtype)
+
+    def _owner(self, name: str) -> tuple[nn.Module, str]:
+        path, _, leaf = name.rpartition(".")
+        return self.model.get_submodule(path), leaf
+
+
+class _Experts(CompressedExperts):
+    """Experts whose layers are called one by one also where a model multiplies with all of them at once (Llama 4)."""
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is torch.bmm and isinstance(args[1], _Experts) and args[1].transposed:
+            return torch.stack([args[1][expert].multiply(x) for expert, x in enumerate(args[0])])
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+class _Observer:
+    """Adds up the inputs of layers; layers that are given the same tensor share the sums."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Accumulator] = {}
+        self._leaders: dict[str, str] = {}  # module -> the one that adds up for it
+        self._inputs: list[tuple[weakref.ref[Tensor], str]] = []  # of this pass
+
+    def hook(self, module: str, hessian: bool) -> Callable[..., None]:
+        def observe(_: nn.Module, args: tuple[Any, ...]) -> None:
+            x: Tensor = args[0]
+            leaders = [leader for seen, leader in self._inputs if seen() is x]
+            leader = self._leaders.setdefault(module, leaders[0] if leaders else module)
+            if leader == module:
+                self._sums.setdefault(module, Accumulator(hessian)).add(x)
+                self._inputs.append((weakref.ref(x), module))
+            elif leader not in leaders:
+                raise RuntimeError(f"{module}: its input is that of {leader} in one pass and not in another")
+
+        return observe
+
+    def end_pass(self) -> None:
+        self._inputs.clear()
+
+    def stats(self, module: str) -> Stats | None:
+        leader = self._leaders.get(module)
+        return self._sums[leader].stats() if leader is not None else None
+
+
+def _build(source: Source) -> PreTrainedModel:
+    config = read_config(source.path)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.use_cache = False
+    model = build(config, with_buffers=True)
+    model.eval()
+    return model
+
+
+def _blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The members of the outermost lists of modules, by name: the layers of encoders and decoders."""
+    lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    outermost = {p: blocks for p, blocks in lists.items() if not any(p.startswith(f"{other}.") for other in lists)}
+    return {f"{path}.{i}": block for path, blocks in outermost.items() for i, block in enumerate(blocks)}
+
+
+def _stopping(name: str | None) -> Callable[..., Any]:
+    def forward(*_: Any, **__: Any) -> Any:
+        raise _Stop(name)
+
+    return forward
+
+
+def _ending(block: nn.Module, kept: list[Any] | None) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = type(block).forward(block, *args, **kwargs)
+        if kept is not None:
+            kept.append(output)
+        raise _Stop(None)
+
+    return forward
+
+
+def _quotient(config: Any, whole: str, parts: str) -> int | None:
+    a, b = getattr(config, whole, None), getattr(config, parts, None)
+    return a // b if a and b else None
+
+
+def _put(owner: nn.Module, leaf: str, tensor: Tensor) -> None:
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor
+
+
+def _moved(value: Any, device: torch.device, block: str) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(item, device, block) for item in value)
+    if value is None:
+        return None
+    raise ValueError(f"{block} gives a {type(value).__name__}, which calibration cannot keep; choose method=rtn")
