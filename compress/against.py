@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from base64 import b64decode
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from compress.fold import unscaled
 from compress.formats import manifest
-from compress.pipeline import relative_error, same_bits
+from compress.pipeline import INPUTS, OUTPUTS, relative_error, same_bits
 from compress.source import Source
 
 
@@ -19,7 +22,7 @@ class Comparison:
     """One tensor of the original: equal bit for bit, or at a relative error; `problem` says what must not be."""
 
     name: str
-    action: str  # coded, copied, tied
+    action: str  # coded, copied, folded, tied
     equal: bool
     relative_error: float
     problem: str | None = None
@@ -40,7 +43,7 @@ def compare(out: Path, model: Path) -> Iterator[Comparison]:
         yield Comparison(name, ledger[name]["action"], False, 1.0, "the original does not have it")
 
 
-def _compare(name: str, entry: dict[str, object] | None, original: Source, packed: Source) -> Comparison:
+def _compare(name: str, entry: dict[str, Any] | None, original: Source, packed: Source) -> Comparison:
     if entry is None:
         return Comparison(name, "absent", False, 1.0, "not accounted for in the manifest")
     action = str(entry["action"])
@@ -49,11 +52,24 @@ def _compare(name: str, entry: dict[str, object] | None, original: Source, packe
         return Comparison(name, action, False, 1.0, f"{kept} is not in the compressed directory")
     if packed.specs[kept] != original.specs[name]:
         return Comparison(name, action, False, 1.0, f"{original.specs[name]} became {packed.specs[kept]}")
-    a, b = original.read(name), packed.read(kept)
+    a, b = original.read(name), _unscaled(packed.read(kept), entry)
     equal = same_bits(a, b)
     error = 0.0 if equal or not a.is_floating_point() else relative_error(_matrix(a), _matrix(b))
-    exact = action != "coded" or all(p.scheme.lossless for p in packed.packed.values() if p.source == name)
+    schemes = [p.scheme for p in packed.packed.values() if p.source == name]
+    exact = action in ("copied", "tied") or (action == "coded" and all(scheme.lossless for scheme in schemes))
     return Comparison(name, action, equal, error, _problem(entry, equal or not exact, original))
+
+
+def _unscaled(weight: torch.Tensor, entry: dict[str, Any]) -> torch.Tensor:
+    """Without the scales that calibration folded into it."""
+    for scales in entry.get("scales", {}).values():
+        inputs, outputs = (_vector(scales[name]) if name in scales else None for name in (INPUTS, OUTPUTS))
+        weight = unscaled(weight, inputs, outputs).to(weight.dtype)
+    return weight
+
+
+def _vector(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(b64decode(text)), dtype=torch.float32)
 
 
 def _problem(entry: dict[str, object], as_promised: bool, original: Source) -> str | None:

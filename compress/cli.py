@@ -38,8 +38,8 @@ def main() -> None:
 @click.argument("model")
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, help="Directory to write.")
 @options.scheme
-@click.option("--calibration", metavar="SRC", help="Calibration text, for schemes that use it.")
-@click.option("--seed", default=0, show_default=True, help="Recorded with the result; nothing here is random yet.")
+@options.calibration
+@click.option("--seed", default=0, show_default=True, help="Decides which samples of the calibration text are drawn.")
 @click.option("--eval/--no-eval", "score", default=True, help="Score the result against the original.")
 @options.scoring
 @click.option("--shard-size", default="5GB", show_default=True, help="Largest output file: bytes, 5GB or 5GiB.")
@@ -54,6 +54,8 @@ def quantize(
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     calibration: str | None,
+    samples: int | None,
+    seq_len: int | None,
     seed: int,
     score: bool,
     shard_size: str,
@@ -76,10 +78,10 @@ def quantize(
 
     if not model or not out.name:
         raise ValueError("MODEL and --output need a name")
-    if calibration is not None:
-        _refuse_calibration(scheme, calibration)
     how = Scoring(**options.scoring_of(scoring)) if score else None
-    run_options = Options(how, seed, overwrite, shard_size, command=shlex.join(["compress", *sys.argv[1:]]))
+    text, device = options.calibration_of(calibration, samples, seq_len), scoring["device"]
+    command = shlex.join(["compress", *sys.argv[1:]])
+    run_options = Options(how, text, device, seed, overwrite, shard_size, command)
     with console.progress() as progress:
         prepared = Prepared(model, scheme, options.settings(settings), Rules(recipe, include, exclude))
         report = run(prepared, model, out, run_options, progress)
@@ -89,13 +91,6 @@ def quantize(
     for note in report.notes:
         click.echo(f"Note: {note}", err=True)
     click.echo(f"Wrote {out}", err=True)
-
-
-def _refuse_calibration(scheme: str, source: str) -> None:
-    from compress.eval import text
-
-    text.read([source], split="calibration")  # a file that cannot be read is the more useful thing to hear of
-    raise ValueError(f"scheme {scheme} uses no calibration data; leave out --calibration")
 
 
 @main.command()

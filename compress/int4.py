@@ -1,6 +1,7 @@
 """int4 and its other widths: group-wise integers in the compressed-tensors `pack-quantized` layout.
 
-Weight-only, round to nearest with MSE-optimal clipping (`rtn.py`). Calibrated methods are not there yet.
+Weight-only. Scales with MSE-optimal clipping (`rtn.py`), after AWQ's (`awq.py`); integers rounded to nearest, or with
+GPTQ (`gptq.py`).
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from compress import rtn
+from compress import gptq, rtn
 from compress.formats import bitpack
 from compress.kernels import decode
 from compress.scheme import Scheme, Spec, Tensors
+from compress.stats import Stats
 
 
 @dataclass(frozen=True)
 class Int4(Scheme):
-    """Integers of 2 to 8 bits in groups along in_features: w = (q - zero) * scale, rounded to nearest.
+    """Integers of 2 to 8 bits in groups along in_features: w = (q - zero) * scale.
 
+    method: awq scales channels by how much they carry, gptq makes good the error of each column with the later ones,
+    both on calibration data; rtn rounds to nearest.
     clip=mse searches each group's scale (and zero) for the least squared error; absmax spans the group's range.
     """
 
@@ -30,7 +34,7 @@ class Int4(Scheme):
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
-    method: Literal["rtn"] = "rtn"
+    method: Literal["awq+gptq", "gptq", "awq", "rtn"] = "awq+gptq"
     clip: Literal["mse", "absmax"] = "mse"
 
     def __post_init__(self) -> None:
@@ -38,6 +42,18 @@ class Int4(Scheme):
             raise ValueError(f"{self.name}: bits is {self.bits}; give 2 to 8")
         if self.group_size < 1:
             raise ValueError(f"{self.name}: group_size is {self.group_size}; give 1 or more, for example 128")
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.method != "rtn"
+
+    @property
+    def needs_hessian(self) -> bool:
+        return self.needs_calibration
+
+    @property
+    def wants_scaled_inputs(self) -> bool:
+        return "awq" in self.method
 
     def fit(self, shape: tuple[int, ...]) -> Int4:
         """A group that does not divide in_features gives way to the next that does.
@@ -67,8 +83,10 @@ class Int4(Scheme):
         rows, groups = specs["weight_scale"].shape
         return Spec(specs["weight_scale"].dtype, (rows, groups * self.group_size))
 
-    def encode(self, weight: Tensor) -> Tensors:
+    def encode(self, weight: Tensor, stats: Stats | None = None) -> Tensors:
         grid = rtn.quantize(weight, self.bits, self.group_size, self.symmetric, self.clip)
+        if stats is not None and stats.hessian is not None and "gptq" in self.method:
+            grid = replace(grid, packed=self._compensated(weight, grid, stats.hessian))
         tensors = {
             "weight_packed": grid.packed,
             "weight_scale": grid.scales,
@@ -77,6 +95,21 @@ class Int4(Scheme):
         if grid.zeros is not None:
             tensors["weight_zero_point"] = bitpack.pack(grid.zeros.T.contiguous(), self.bits).T.contiguous()
         return tensors
+
+    def _compensated(self, weight: Tensor, grid: rtn.Grid, hessian: Tensor) -> Tensor:
+        """The packed integers that GPTQ chooses on a grid."""
+        scales, most = grid.scales.float().to(hessian.device), 2**self.bits - 1
+        zeros = torch.full_like(scales, 2 ** (self.bits - 1)) if grid.zeros is None else grid.zeros.to(scales)
+        codes = torch.empty(weight.shape, dtype=torch.uint8)
+
+        def nearest(column: Tensor, number: int) -> Tensor:
+            scale, zero = scales[:, number // self.group_size], zeros[:, number // self.group_size]
+            code = (column / scale).round_().add_(zero).clamp_(0, most)
+            codes[:, number] = code.to(torch.uint8)
+            return (code - zero) * scale
+
+        gptq.compensate(weight.float().to(hessian.device), hessian, nearest)
+        return bitpack.pack(codes, self.bits)
 
     def decode(self, tensors: Tensors) -> Tensor:
         packed, scales = tensors["weight_packed"], tensors["weight_scale"]
@@ -97,11 +130,3 @@ class Int4(Scheme):
             "dynamic": False,
         }
         return {"format": "pack-quantized", "weights": weights}
-
-
-@dataclass(frozen=True)
-class Int8(Int4):
-    """The 8-bit preset of `int4`."""
-
-    name = "int8"
-    bits: int = 8

@@ -26,6 +26,7 @@ class Job:
         self.partial = partial_of(out)
         self.checkpoint, self.journal = self.partial / "checkpoint", self.partial / "journal"
         self.replaced = self.partial / "replaced"
+        self.scratch = self.partial / "scratch"  # what finished steps left for later ones
         self.fingerprint = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
         self.resumed = False
 
@@ -126,6 +127,7 @@ class Job:
             os.rename(self.replaced, self.out)
         shutil.rmtree(self.replaced, ignore_errors=True)
         shutil.rmtree(self.checkpoint, ignore_errors=True)
+        shutil.rmtree(self.scratch, ignore_errors=True)
         for note in self.journal.glob("*.json*"):
             note.unlink()
 

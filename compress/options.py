@@ -49,6 +49,30 @@ def scheme(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def calibration(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The text that a scheme is fitted to."""
+    for option in (
+        click.option("--seq-len", type=click.IntRange(2), help="Tokens of one; default the context, at most 2048."),
+        click.option("--samples", type=click.IntRange(1), help="How many samples are drawn; default 128."),
+        click.option(
+            "--calibration",
+            metavar="SRC",
+            help="Text for schemes that use it: a .txt or .jsonl file, a dataset id, builtin (default) or self.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def calibration_of(source: str | None, samples: int | None, seq_len: int | None) -> Any:
+    """The Calibration that the options name, None where they are left out."""
+    from compress.calibrate import Calibration
+
+    if source is None and samples is None and seq_len is None:
+        return None
+    return Calibration(source or Calibration.source, samples or Calibration.samples, seq_len)
+
+
 def scoring(command: Callable[..., Any]) -> Callable[..., Any]:
     """What `quantize` and `eval` share: what is scored, and on what."""
     for option in (

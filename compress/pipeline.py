@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from compress.formats.files import write_text
+from compress.fold import unscaled
+from compress.formats.files import replacing, write_text
 from compress.formats.shard import ShardWriter, write_index
 from compress.job import Job
 from compress.layout import SHARD_BYTES, Unit, copy_side_files, shards, units
 from compress.planning import Packed, Plan
-from compress.scheme import Scheme, Spec
+from compress.scheme import Scheme, Spec, Tensors
 from compress.source import Source
 
 ERROR_VALUES = 1 << 18  # values compared at once: what a core's cache holds
@@ -38,7 +41,41 @@ class TensorReport:
     original_bytes: int
     bits_per_weight: float
     relative_error: float | None = None  # |W - W'| / |W|, Frobenius
-    output_error: float | None = None  # needs calibration data
+    output_error: float | None = None  # |X (W - W')| / |X W| on the calibration text
+    note: str | None = None
+
+
+INPUTS, OUTPUTS = "in", "out"
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A module that calibration has encoded, or another tensor that it has changed: where its tensors lie, and what the
+    report says of it."""
+
+    file: Path
+    output_error: float | None
+    note: str | None
+
+    def tensors(self, name: str) -> Tensors:
+        """Of a module, by local name; of a tensor that is no weight of a linear, itself, under an empty name."""
+        return {local: tensor for local, tensor in self._read(name).items() if local not in (INPUTS, OUTPUTS)}
+
+    def scales(self, module: str) -> Tensors:
+        """What calibration has multiplied the input channels with (INPUTS), and divided the output channels by."""
+        return {local: tensor for local, tensor in self._read(module).items() if local in (INPUTS, OUTPUTS)}
+
+    def _read(self, module: str) -> Tensors:
+        with safe_open(self.file, "pt") as file:
+            names = [name.rpartition("|") for name in file.keys()]
+            return {local: file.get_tensor(f"{owner}|{local}") for owner, _, local in names if owner == module}
+
+    @staticmethod
+    def save(file: Path, modules: Mapping[str, Tensors]) -> None:
+        """Writes the tensors of several modules."""
+        stored = {f"{m}|{local}": tensor.clone() for m, made in modules.items() for local, tensor in made.items()}
+        with replacing(file) as unfinished:
+            save_file(stored, unfinished)
 
 
 @dataclass(frozen=True)
@@ -59,8 +96,12 @@ def write(
     tied: dict[str, str],
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
+    fitted: Mapping[str, Fitted] | None = None,
 ) -> Written:
-    """Writes shards, index, config.json and side files to the job's checkpoint directory, going on where it stopped."""
+    """Writes shards, index, config.json and side files to the job's checkpoint directory, going on where it stopped.
+
+    fitted: the modules that calibration has encoded; the others are encoded now.
+    """
     layout = shards(units(source, plan, tied), shard_bytes)
     job.check_room(sum(unit.bytes for group in layout.values() for unit in group))
     records: dict[str, dict[str, Any]] = {}
@@ -68,7 +109,7 @@ def write(
     for file, group in layout.items():
         done = job.recall(file)
         if done is None:
-            done = _write_shard(job.checkpoint / file, source, plan, group, progress)
+            done = _write_shard(job.checkpoint / file, source, plan, group, fitted or {}, progress)
             job.note(file, done)
         elif progress:
             for unit in group:
@@ -104,7 +145,12 @@ def _check_written(layout: dict[str, list[Unit]], records: dict[str, dict[str, A
 
 
 def _write_shard(
-    path: Path, source: Source, plan: Plan, group: list[Unit], progress: Progress | None
+    path: Path,
+    source: Source,
+    plan: Plan,
+    group: list[Unit],
+    fitted: Mapping[str, Fitted],
+    progress: Progress | None,
 ) -> dict[str, Any]:
     announced = [(name, spec.dtype, spec.shape) for unit in group for name, spec in unit.specs.items()]
     hashes: dict[str, list[str]] = {}
@@ -113,7 +159,7 @@ def _write_shard(
     with ShardWriter(path, announced) as writer, ThreadPoolExecutor(1) as pool:
         for unit in group:
             hashing = pool.submit(source.hashes, unit.source)  # beside the encoding
-            reports += [asdict(report) for report in _write_unit(writer, source, plan, unit)]
+            reports += [asdict(report) for report in _write_unit(writer, source, plan, unit, fitted)]
             hashes[unit.source] = hashing.result()
             source.release(unit.source)
             if progress:
@@ -127,24 +173,28 @@ def _write_shard(
     }
 
 
-def _write_unit(writer: ShardWriter, source: Source, plan: Plan, unit: Unit) -> Iterator[TensorReport]:
+def _write_unit(
+    writer: ShardWriter, source: Source, plan: Plan, unit: Unit, fitted: Mapping[str, Fitted]
+) -> Iterator[TensorReport]:
     spec = source.specs[unit.source]
     if not unit.modules:
-        writer.add(unit.source, source.read(unit.source))
-        weights = math.prod(spec.shape)
-        yield TensorReport(unit.source, spec.shape, None, spec.bytes, spec.bytes, _bits(spec.bytes, weights))
+        folded = fitted.get(unit.source)
+        writer.add(unit.source, source.read(unit.source) if folded is None else folded.tensors(unit.source)[""])
+        bits = _bits(spec.bytes, math.prod(spec.shape))
+        note = None if folded is None else folded.note
+        yield TensorReport(unit.source, spec.shape, None, spec.bytes, spec.bytes, bits, note=note)
         return
     for module in unit.modules:
-        yield _write_module(writer, source, plan, module)
+        yield _write_module(writer, source, plan, module, fitted.get(module))
     if not plan.interchange:
         writer.add(unit.source, torch.empty(0, dtype=torch.uint8))
 
 
-def _write_module(writer: ShardWriter, source: Source, plan: Plan, module: str) -> TensorReport:
+def _write_module(writer: ShardWriter, source: Source, plan: Plan, module: str, fitted: Fitted | None) -> TensorReport:
     packed = plan.modules[module]
     scheme, weight = packed.scheme, read_weight(source, packed)
-    _check_finite(weight, module, packed)
-    tensors = scheme.encode(weight)
+    check_finite(weight, module, packed)
+    tensors = scheme.encode(weight) if fitted is None else fitted.tensors(module)
     shape = tuple(weight.shape)
     planned = plan.stored_specs(module, Spec(weight.dtype, shape))
     if not scheme.sized_by_data and tensors.keys() != planned.keys():
@@ -156,8 +206,12 @@ def _write_module(writer: ShardWriter, source: Source, plan: Plan, module: str) 
             raise RuntimeError(f"{name}: planned {spec}, made {made}")
         writer.add(name, tensor)
     size = sum(tensor.nbytes for tensor in tensors.values())
-    error = _error(module, scheme, weight, scheme.decode(tensors))
-    return TensorReport(module, shape, scheme.name, size, weight.nbytes, _bits(size, weight.numel()), error)
+    decoded = scheme.decode(tensors)
+    if fitted is not None and (scales := fitted.scales(module)):
+        decoded = unscaled(decoded, scales.get(INPUTS), scales.get(OUTPUTS))
+    error = _error(module, scheme, weight, decoded)
+    found = (None, None) if fitted is None else (fitted.output_error, fitted.note)
+    return TensorReport(module, shape, scheme.name, size, weight.nbytes, _bits(size, weight.numel()), error, *found)
 
 
 def _error(module: str, scheme: Scheme, weight: Tensor, decoded: Tensor) -> float:
@@ -182,7 +236,7 @@ def read_weight(source: Source, packed: Packed) -> Tensor:
     return weight.T.contiguous() if packed.transposed else weight
 
 
-def _check_finite(weight: Tensor, module: str, packed: Packed) -> None:
+def check_finite(weight: Tensor, module: str, packed: Packed) -> None:
     if packed.scheme.lossless or not weight.numel():
         return
     low, high = torch.aminmax(weight)  # one pass, nothing allocated; NaN shows in both

@@ -7,7 +7,8 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable
+from base64 import b64encode
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ import torch
 import transformers
 
 from compress import __version__, sizes
+from compress.calibrate import Calibrated, Calibration, calibrate
+from compress.eval import text as texts
 from compress.eval.evaluate import check, evaluate
 from compress.eval.report import Report, card
 from compress.formats import manifest
@@ -25,8 +28,9 @@ from compress.formats.files import write_text
 from compress.interchange import loader_note
 from compress.job import Job, check_apart
 from compress.layout import SHARD_BYTES
-from compress.pipeline import Written, write
+from compress.pipeline import Fitted, Written, write
 from compress.prepare import Prepared, summarize
+from compress.samples import Samples, draw
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, how much there is
 
@@ -49,6 +53,8 @@ class Options:
     """How a run goes about it, whatever the scheme."""
 
     scoring: Scoring | None = Scoring()  # None: unscored
+    calibration: Calibration | None = None  # None: the default, where the scheme needs any
+    device: str | None = None  # where it runs; None: cuda where there is one, else cpu
     seed: int = 0
     overwrite: bool = False
     shard_size: int | str = SHARD_BYTES
@@ -60,17 +66,19 @@ def run(prepared: Prepared, model: str, out: Path, options: Options, progress: P
     check_apart(out, prepared.path)
     if options.scoring:
         check(prepared.path, **asdict(options.scoring))  # now, not after hours of compressing
-    recipe = _recipe(prepared, model, options)
+    samples = _samples(prepared, options)
+    recipe = _recipe(prepared, model, options, samples)
     # Scoring and the card's wording may change between an interruption and the next try; the weights stay good.
     decisive = {key: value for key, value in recipe.items() if key not in ("scoring", "command", "model")}
     decisive["source"] = prepared.source.identity()
     with Job(out, decisive, options.overwrite) as job:
         if not job.finished:
-            written = _write(job, prepared, options, progress)
+            written, calibrated = _write(job, prepared, options, samples, progress)
             peak = peak_rss_bytes()  # of the compression: scoring holds a whole model
             scored = _score(job, prepared, options, progress)
-            seconds = written.seconds + (scored["seconds"] if scored else 0.0)
-            _seal(job, prepared, recipe, options, written, scored["scores"] if scored else None, (seconds, peak))
+            seconds = calibrated.seconds + written.seconds + (scored["seconds"] if scored else 0.0)
+            scores = scored["scores"] if scored else None
+            _seal(job, prepared, recipe, options, written, calibrated.fitted, scores, (seconds, peak))
         job.finish()
     return read_report(out)
 
@@ -81,7 +89,18 @@ def read_report(out: Path) -> Report:
     return Report(**{field.name: document[field.name] for field in fields(Report)})
 
 
-def _recipe(prepared: Prepared, model: str, options: Options) -> dict[str, Any]:
+def _samples(prepared: Prepared, options: Options) -> Samples | None:
+    """The calibration text, where the plan needs one."""
+    how = options.calibration or Calibration()
+    if any(scheme.needs_calibration for scheme in _schemes(prepared)):
+        return draw(how.source, prepared.path, how.samples, how.seq_len, options.seed)
+    if options.calibration is not None:
+        texts.read([how.source], "calibration")  # a file that cannot be read is the more useful thing to hear of
+        raise ValueError(f"scheme {prepared.scheme.name} uses no calibration data as it is; leave out --calibration")
+    return None
+
+
+def _recipe(prepared: Prepared, model: str, options: Options, samples: Samples | None) -> dict[str, Any]:
     """Everything that decides the bytes of the result."""
     return {
         "model": model,
@@ -89,6 +108,7 @@ def _recipe(prepared: Prepared, model: str, options: Options) -> dict[str, Any]:
         "plan": prepared.plan.to_config(),
         "schemes": [scheme.to_dict() for scheme in _schemes(prepared)],
         "seed": options.seed,
+        "calibration": samples.to_dict() if samples else None,
         "shard_bytes": sizes.parse(options.shard_size),
         "scoring": asdict(options.scoring) if options.scoring else None,
         "versions": versions(),
@@ -111,7 +131,9 @@ def versions() -> dict[str, str]:
     }
 
 
-def _write(job: Job, prepared: Prepared, options: Options, progress: Progress | None) -> Written:
+def _write(
+    job: Job, prepared: Prepared, options: Options, samples: Samples | None, progress: Progress | None
+) -> tuple[Written, Calibrated]:
     total = sum(spec.bytes for name, spec in prepared.source.specs.items() if name not in prepared.tied)
     done = 0
 
@@ -121,8 +143,14 @@ def _write(job: Job, prepared: Prepared, options: Options, progress: Progress | 
         if progress:
             progress("compressing", done, total)
 
+    source, plan = prepared.source, prepared.plan
     try:
-        return write(job, prepared.source, prepared.plan, prepared.tied, sizes.parse(options.shard_size), advance)
+        calibrated = Calibrated({}, 0.0)
+        if samples:
+            linears = prepared.structure.linears
+            calibrated = calibrate(job, source, plan, linears, samples.tokens, options.device, progress)
+        shard_bytes = sizes.parse(options.shard_size)
+        return write(job, source, plan, prepared.tied, shard_bytes, advance, calibrated.fitted), calibrated
     except ValueError:
         job.discard()  # the input is at fault: nothing of this run can be used again
         raise
@@ -152,6 +180,7 @@ def _seal(
     recipe: dict[str, Any],
     options: Options,
     written: Written,
+    fitted: Mapping[str, Fitted],
     evaluation: dict[str, Any] | None,
     cost: tuple[float, int],  # seconds in all, peak bytes while compressing
 ) -> None:
@@ -174,15 +203,18 @@ def _seal(
     document = {
         "format": 1,
         "recipe": recipe,
-        "ledger": _ledger(prepared, written),
+        "ledger": _ledger(prepared, written, fitted),
         "tensors": written.records,
         "files": manifest.describe_files(job.checkpoint, written.shards),
     }
     write_text(job.checkpoint / manifest.NAME, manifest.seal(document))
 
 
-def _ledger(prepared: Prepared, written: Written) -> dict[str, dict[str, Any]]:
-    """Every tensor of the source by name: what became of it, and the SHA-256 of what was read."""
+def _ledger(prepared: Prepared, written: Written, fitted: Mapping[str, Fitted]) -> dict[str, dict[str, Any]]:
+    """Every tensor of the source by name: what became of it, and the SHA-256 of what was read.
+
+    `folded`: multiplied with a scale that other weights were divided by. Scales of coded weights are float32 in base64.
+    """
     modules: dict[str, list[str]] = {}
     for module, packed in prepared.plan.modules.items():
         modules.setdefault(packed.source, []).append(module)
@@ -193,9 +225,16 @@ def _ledger(prepared: Prepared, written: Written) -> dict[str, dict[str, Any]]:
             continue
         stored = prepared.source.backing[name]
         hashes = dict(zip(stored, written.source_sha256[name], strict=True))
-        action = {"action": "coded", "modules": modules[name]} if name in modules else {"action": "copied"}
-        ledger[name] = {**action, "read": hashes}
+        ledger[name] = {"action": "folded" if name in fitted else "copied", "read": hashes}
+        if name in modules:
+            ledger[name] |= {"action": "coded", "modules": modules[name], **_scales(modules[name], fitted)}
     return ledger
+
+
+def _scales(modules: list[str], fitted: Mapping[str, Fitted]) -> dict[str, Any]:
+    scales = {module: fitted[module].scales(module) for module in modules if module in fitted}
+    texts = {m: {n: b64encode(v.numpy().tobytes()).decode() for n, v in named.items()} for m, named in scales.items()}
+    return {"scales": texts} if any(texts.values()) else {}
 
 
 def peak_rss_bytes() -> int:

@@ -168,13 +168,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_config: Callable[[
 
 @pytest.fixture(scope="session")
 def tiny_compressed(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]) -> Callable[..., Path]:
-    """tiny_compressed(name, scheme, **options): a tiny model compressed, unscored. Treat it as read-only."""
+    """tiny_compressed(name, scheme, **options): a tiny model compressed without data, unscored. It is read-only."""
     import compress
 
     base = tmp_path_factory.mktemp("compressed")
     known: dict[tuple[Any, ...], Path] = {}
 
     def path(name: str, scheme: str, **options: Any) -> Path:
+        options = {"method": "rtn", **options} if scheme == "int4" else options
         key = (name, scheme, *sorted(options.items()))
         if key not in known:
             known[key] = base / str(len(known))

@@ -148,7 +148,7 @@ def test_a_rule_that_splits_the_experts_of_a_layer_is_refused(name: str, tiny_mo
 @pytest.mark.parametrize("name", ["mixtral", "gpt-oss", "deepseek-v3"])
 def test_experts_left_out_by_a_rule_stay_dense(name: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     rules = Rules(exclude=(r"re:\bexperts\.",))
-    compress.quantize(tiny_model(name), tmp_path / "out", "int4", rules=rules, scoring=None)
+    compress.quantize(tiny_model(name), tmp_path / "out", "int4", method="rtn", rules=rules, scoring=None)
     model = compress.load(tmp_path / "out")
     assert not any(isinstance(module, CompressedExperts) for module in model.modules())
     assert any(isinstance(module, CompressedLinear) for module in model.modules())

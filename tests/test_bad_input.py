@@ -34,6 +34,7 @@ def model(plain: Path, tmp_path: Path) -> Path:
 
 def quantize(model: object, out: Path, *options: object) -> Result:
     command = ["quantize", str(model), "-o", str(out), *map(str, options)]
+    command += [] if "--scheme" in options else ["--set", "method=rtn"]
     return CliRunner().invoke(main, [*command, *([] if "--tasks" in options else ["--no-eval"]), "--json"])
 
 

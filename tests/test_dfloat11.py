@@ -480,7 +480,7 @@ def test_files_that_an_index_does_not_name_are_read_too(tiny_model: Tiny, copy: 
 
 def test_quantize_takes_it_as_it_takes_the_original(tiny_model: Tiny, df11_dir: Path, tmp_path: Path) -> None:
     for name, path in (("a", df11_dir), ("b", tiny_model("llama"))):
-        compress.quantize(path, tmp_path / name, "int4", scoring=None, group_size=32)
+        compress.quantize(path, tmp_path / name, "int4", method="rtn", scoring=None, group_size=32)
     assert (tmp_path / "a" / "config.json").read_bytes() == (tmp_path / "b" / "config.json").read_bytes()
     got, want = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)

@@ -93,7 +93,7 @@ def test_several_schemes_are_read_back_where_transformers_renames_modules(
     model = Path(shutil.copytree(tiny_model("mixtral"), tmp_path / "model"))
     rules = compress.Rules(recipe=tmp_path / "r.yaml", include=("self_attn.q_proj", "self_attn.o_proj"))
     (tmp_path / "r.yaml").write_text("- {match: 're:q_proj', scheme: int8, group_size: 32}\n")
-    compress.quantize(model, tmp_path / "out", "int4", rules=rules, scoring=None, group_size=32)
+    compress.quantize(model, tmp_path / "out", "int4", method="rtn", rules=rules, scoring=None, group_size=32)
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["compress"]["modules"]["model.layers.0.self_attn.q_proj"] == 1
     schemes = {module: packed.scheme.to_dict()["bits"] for module, packed in Source(tmp_path / "out").packed.items()}

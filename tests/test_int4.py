@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from compress.int4 import Int4, Int8
+from compress.int4 import Int4
+from compress.int8 import Int8
 from compress.registry import make
 
 

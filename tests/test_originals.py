@@ -105,7 +105,7 @@ def test_our_own_packed_layout_is_coded_as_it_is_stored(
 def test_what_was_not_all_coded_without_loss_has_no_original(tiny_model: Tiny, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("- {match: embed_tokens, scheme: df11}\n")
-    compress.quantize(tiny_model("llama"), tmp_path / "out", "int4", rules=Rules(recipe), scoring=None)
+    compress.quantize(tiny_model("llama"), tmp_path / "out", "int4", method="rtn", rules=Rules(recipe), scoring=None)
     with pytest.raises(ValueError, match="not all was coded without loss.*export --to bf16"):
         export(tmp_path / "out", tmp_path / "plain", to="original")
     with pytest.raises(ValueError, match="nothing to undo"):

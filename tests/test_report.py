@@ -25,7 +25,7 @@ SCORES = (
 @pytest.fixture(scope="module")
 def out(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report") / "out"
-    compress.quantize(llama_dir, out, "int4", group_size=32, scoring=compress.Scoring(limit=8))
+    compress.quantize(llama_dir, out, "int4", group_size=32, method="rtn", scoring=compress.Scoring(limit=8))
     return out
 
 

@@ -39,7 +39,8 @@ def rewrite(source: Path, out: Path, tensors: dict[str, Tensor], **config: Any) 
 
 
 def quantize(source: Path, out: Path, scheme: str = "int4", **options: Any) -> dict[str, Any]:
-    """Compresses unscored; returns the ledger."""
+    """Compresses without data and scores; returns the ledger."""
+    options = {"method": "rtn", **options} if scheme == "int4" else options
     compress.quantize(source, out, scheme, scoring=None, **options)
     ledger: dict[str, Any] = json.loads((out / "compress.json").read_text())["ledger"]
     return ledger

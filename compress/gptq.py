@@ -1,0 +1,63 @@
+"""GPTQ: rounding column by column, each error made good by the columns that are still to come [2210.17323].
+
+It needs to know nothing of the format: `nearest` rounds one column of weights to what can be stored in its place.
+Scales are fixed before, in the columns' own order (static groups), so columns may be visited in the order of their
+importance without anything to gather at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+BLOCK = 128  # columns whose errors are carried to the rest of the matrix at once
+Nearest = Callable[[Tensor, int], Tensor]  # (out_features,) float32 and the column's number -> what is stored for them
+
+
+class NotPositiveDefinite(ValueError):
+    """No damping that was tried makes the Hessian invertible."""
+
+
+def compensate(weight: Tensor, hessian: Tensor, nearest: Nearest, damping: float = 0.01) -> Tensor:
+    """The storable matrix whose outputs are near those of `weight` on the calibration data.
+
+    weight: (out_features, in_features) float32. hessian: (in_features, in_features) float32, mean of x x^T. damping:
+    a fraction of the Hessian's mean diagonal; ten times as much, up to 1, where it is not positive definite. Raises
+    NotPositiveDefinite where that does not help. Returns (out_features, in_features) float32, every column of it
+    something that `nearest` returned.
+    """
+    hessian = hessian.clone()
+    diagonal = hessian.diagonal()
+    diagonal[diagonal == 0] = 1  # inputs that were always zero: such a column is rounded, and concerns no other
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    factor = _inverse_factor(hessian[order][:, order], damping)
+    rest, stored = weight[:, order], torch.empty_like(weight)
+    for first in range(0, rest.shape[1], BLOCK):
+        last = min(first + BLOCK, rest.shape[1])
+        errors = torch.empty_like(rest[:, first:last])
+        for i in range(first, last):
+            column = int(order[i])
+            stored[:, column] = nearest(rest[:, i], column)
+            error = (rest[:, i] - stored[:, column]) / factor[i, i]
+            rest[:, i + 1 : last].addr_(error, factor[i, i + 1 : last], alpha=-1)
+            errors[:, i - first] = error
+        rest[:, last:].addmm_(errors, factor[first:last, last:], alpha=-1)
+    return stored
+
+
+def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """Upper triangular U with U^T U = (hessian + damping)^-1, as the paper's step 3 has it."""
+    mean = hessian.diagonal().mean()
+    while damping <= 1:
+        damped = hessian + damping * mean * torch.eye(len(hessian), device=hessian.device)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            inverse: Tensor = torch.cholesky_inverse(lower)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+        if not failed and upper.isfinite().all():
+            factor: Tensor = upper
+            return factor
+        damping *= 10
+    raise NotPositiveDefinite("its Hessian is not positive definite, whatever the damping")

@@ -1,0 +1,267 @@
+"""Calibrated runs: fitted block by block to what compressed layers give, the same after any interruption."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import compress
+from compress.blocks import Blocks
+from compress.calibrate import Calibration, output_error
+from compress.cli import main
+from compress.formats.checkpoint import Checkpoint
+from compress.hf import model_class
+from compress.int4 import Int4
+from compress.samples import draw
+from compress.stats import Accumulator, Stats
+
+TEXT = Calibration(samples=6, seq_len=32)
+
+
+def run(model: Path, out: Path, **options: Any) -> Any:
+    how = {"bits": 3, "group_size": 32, "method": "gptq", "calibration": TEXT, "scoring": None, **options}
+    return compress.quantize(model, out, "int4", **how)
+
+
+def tensors(path: Path) -> dict[str, bytes]:
+    checkpoint = Checkpoint(path)
+    return {name: bytes(checkpoint.raw(name)) if entry.bytes else b"" for name, entry in checkpoint.entries.items()}
+
+
+def test_layers_are_fitted_to_what_compressed_layers_give(llama_dir: Path, tmp_path: Path) -> None:
+    """The same in the most obvious way: the whole model in memory, run once for every block."""
+    run(llama_dir, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(llama_dir, dtype=torch.float32)
+    ids, scheme = draw("builtin", llama_dir, 6, 32, 0).tokens, Int4(bits=3, group_size=32, method="gptq")
+    stored = Checkpoint(tmp_path / "out")
+    original = Checkpoint(llama_dir)
+    alike, count = 0, 0
+    for i, block in enumerate(model.model.layers):
+        linears = {f"model.layers.{i}.{n}": m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+        sums = {name: Accumulator(hessian=True) for name in linears}
+        hooks = [m.register_forward_pre_hook(lambda _, x, to=sums[n]: to.add(x[0])) for n, m in linears.items()]
+        with torch.no_grad():
+            model(ids)
+        for hook in hooks:
+            hook.remove()
+        for name, linear in linears.items():
+            made = scheme.fit(tuple(linear.weight.shape)).encode(original.read(f"{name}.weight"), sums[name].stats())
+            found = {local: stored.read(f"{name}.{local}") for local in made}
+            assert torch.equal(found["weight_scale"], made["weight_scale"])
+            fitted = scheme.fit(tuple(linear.weight.shape))
+            decoded = fitted.decode(found)
+            alike += int((decoded == fitted.decode(made)).sum())
+            count += decoded.numel()
+            linear.weight.data = decoded.float()
+    assert alike / count > 0.99  # sums in another order may tip what lies between two steps
+
+
+def test_outputs_are_nearer_than_with_rounding_and_the_report_says_by_how_much(llama_dir: Path, tmp_path: Path) -> None:
+    reports = {}
+    for method in ("rtn", "gptq"):
+        scoring = compress.Scoring(tasks=(), limit=4, window=64)
+        calibration = TEXT if method == "gptq" else None
+        reports[method] = run(
+            llama_dir, tmp_path / method, method=method, bits=2, calibration=calibration, scoring=scoring
+        )
+    assert reports["gptq"].bytes == reports["rtn"].bytes
+    coded = [line for line in reports["gptq"].tensors if line["scheme"]]
+    assert coded and all(0 < line["output_error"] < line["relative_error"] for line in coded)
+    assert all(line["output_error"] is None for line in reports["rtn"].tensors)
+    assert reports["gptq"].evaluation["kl_mean"] < reports["rtn"].evaluation["kl_mean"]
+    recipe = json.loads((tmp_path / "gptq" / "compress.json").read_text())["recipe"]
+    assert recipe["calibration"]["source"] == "builtin" and len(recipe["calibration"]["sha256"]) == 64
+
+
+class Killed(BaseException):
+    """Nothing of ours catches it, as nothing catches kill -9."""
+
+
+@pytest.mark.parametrize("step", ["close", "leave", "measure", "shard"])
+def test_an_interrupted_run_goes_on_and_writes_the_same_bytes(
+    step: str, llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(llama_dir, tmp_path / "whole", command="same")
+    calls = 0
+
+    def dying(original: Any) -> Any:
+        def method(*arguments: Any, **keywords: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 2:
+                raise Killed
+            return original(*arguments, **keywords)
+
+        return method
+
+    with monkeypatch.context() as patch:
+        if step == "shard":
+            patch.setattr("compress.run.write", dying(lambda *_, **__: (_ for _ in ()).throw(Killed)))
+        else:
+            patch.setattr(Blocks, step, dying(getattr(Blocks, step)))
+        with pytest.raises(Killed):
+            run(llama_dir, tmp_path / "out", command="same")
+    assert (tmp_path / "out.partial").exists() and not (tmp_path / "out").exists()
+    measured: list[str] = []
+    measure = Blocks.measure
+    monkeypatch.setattr(Blocks, "measure", lambda self, block, h: (measured.append(block), measure(self, block, h))[1])
+    run(llama_dir, tmp_path / "out", command="same")
+    assert measured == ([] if step == "shard" else ["model.layers.1"])
+    assert tensors(tmp_path / "out") == tensors(tmp_path / "whole")
+    assert (tmp_path / "out" / "compress.json").read_bytes() == (tmp_path / "whole" / "compress.json").read_bytes()
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.fixture
+def sparse_experts(llama_dir: Path, tiny_config: Callable[[str], Any], tmp_path: Path) -> Path:
+    """A mixture of experts whose router never takes the last one."""
+    config, path = tiny_config("mixtral"), tmp_path / "experts"
+    config.vocab_size = AutoConfig.from_pretrained(llama_dir).vocab_size
+    torch.manual_seed(0)
+    model = model_class(config)(config).to(torch.bfloat16)
+    for layer in model.model.layers:
+        layer.post_attention_layernorm.weight.data.fill_(1)
+        router = layer.mlp.gate.weight.data
+        router[-1] = -router[:-1].sum(0)  # below the others' mean, whatever the token
+    model.save_pretrained(path)
+    for file in llama_dir.glob("tokenizer*"):
+        shutil.copy(file, path)
+    return path
+
+
+def test_an_expert_that_no_token_reaches_is_rounded_and_the_report_says_so(
+    sparse_experts: Path, tmp_path: Path
+) -> None:
+    report = run(sparse_experts, tmp_path / "out", calibration=Calibration(samples=1, seq_len=2))
+    lines = {line["name"]: line for line in report.tensors if ".experts." in line["name"]}
+    without = {name for name, line in lines.items() if line["note"]}
+    assert without and without != set(lines)
+    for name in without:
+        assert lines[name]["note"] == "rounded to nearest: no token of the calibration text came here"
+        assert lines[name]["output_error"] is None
+    assert compress.load(tmp_path / "out")(torch.arange(3, 9)[None]).logits.isfinite().all()
+
+
+def test_a_rule_may_leave_layers_out_or_give_them_a_scheme_without_data(llama_dir: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("- {match: down_proj, scheme: fp8}\n- {match: q_proj, scheme: none}\n")
+    report = run(llama_dir, tmp_path / "out", rules=compress.Rules(recipe))
+    errors = {line["name"].rpartition(".")[2]: line for line in report.tensors if "layers.1" in line["name"]}
+    assert errors["down_proj"]["scheme"] == "fp8" and errors["up_proj"]["output_error"] is not None
+
+
+def test_the_head_is_calibrated_when_a_rule_takes_it(sparse_experts: Path, tmp_path: Path) -> None:
+    report = run(sparse_experts, tmp_path / "out", rules=compress.Rules(include=("lm_head", "o_proj")))
+    assert {line["name"].rpartition(".")[2] for line in report.tensors if line["output_error"]} == {"lm_head", "o_proj"}
+
+
+def test_output_error_by_hand() -> None:
+    stats = Stats(1, torch.tensor([1.0, 4.0]), torch.ones(2), torch.ones(2), torch.tensor([[1.0, 0.0], [0.0, 4.0]]))
+    weight, decoded = torch.tensor([[3.0, 2.0]]), torch.tensor([[3.0, 1.0]])
+    assert output_error(weight, decoded, stats) == pytest.approx((4 / 25) ** 0.5)
+    assert output_error(weight, weight, stats) == 0
+    independent = Stats(1, stats.second_moment, stats.absmean, stats.absmax)
+    assert output_error(weight, decoded, independent) == pytest.approx((4 / 25) ** 0.5)
+    assert output_error(torch.zeros(1, 2), torch.zeros(1, 2), stats) == 0
+
+
+def test_samples_are_drawn_by_seed_and_start_as_the_tokenizer_wants(llama_dir: Path) -> None:
+    found = draw("builtin", llama_dir, 5, 16, 0)
+    assert found.tokens.shape == (5, 16) and found.tokens.dtype == torch.int64
+    assert torch.equal(found.tokens, draw("builtin", llama_dir, 5, 16, 0).tokens)
+    assert not torch.equal(found.tokens, draw("builtin", llama_dir, 5, 16, 1).tokens)
+    tokenizer = AutoTokenizer.from_pretrained(llama_dir)
+    first = tokenizer("a")["input_ids"][0]
+    assert (found.tokens[:, 0] == first).all() == (first == tokenizer.bos_token_id)
+
+
+def test_a_short_text_gives_the_samples_that_it_has(llama_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("some words, and a few more of them. " * 8)
+    count = len(AutoTokenizer.from_pretrained(llama_dir)((tmp_path / "short.txt").read_text())["input_ids"]) // 16
+    assert abs(len(draw(str(tmp_path / "short.txt"), llama_dir, 500, 16, 0).tokens) - count) <= 1
+
+
+def test_the_model_writes_its_own_samples(llama_dir: Path) -> None:
+    found = draw("self", llama_dir, 3, 12, 0)
+    assert found.tokens.shape == (3, 12) and found.name == "self"
+    assert torch.equal(found.tokens, draw("self", llama_dir, 3, 12, 0).tokens)
+    assert len({tuple(row) for row in found.tokens.tolist()}) == 3
+
+
+def quantize(*arguments: Any) -> Any:
+    return CliRunner().invoke(main, ["quantize", *map(str, arguments), "--no-eval", "--json"])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--seq-len", "100000"), "seq-len: 100000 tokens exceed the context"),
+        (("--calibration", "missing.txt"), "missing.txt"),
+        (("--set", "method=rtn", "--samples", "5"), "uses no calibration data"),
+        (("--scheme", "fp8", "--calibration", "builtin"), "scheme fp8 uses no calibration data"),
+    ],
+    ids=str,
+)
+def test_bad_calibration_options_are_refused_in_one_line(
+    options: tuple[str, ...], message: str, llama_dir: Path, tmp_path: Path
+) -> None:
+    result = quantize(llama_dir, "-o", tmp_path / "out", *options)
+    assert result.exit_code == 2 and message in result.stderr and "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_tokenizer_names_the_way_out(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    result = quantize(tiny_model("llama"), "-o", tmp_path / "out", "--set", "method=gptq")
+    assert result.exit_code == 2 and "--set method=rtn does without" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_folded_scales_are_undone_when_the_result_is_verified(llama_dir: Path, tmp_path: Path) -> None:
+    source = loud(llama_dir, tmp_path / "source")
+    report = run(source, tmp_path / "out", method="awq+gptq", bits=4)
+    ledger = json.loads((tmp_path / "out" / "compress.json").read_text())["ledger"]
+    folded = [name for name, entry in ledger.items() if entry["action"] == "folded"]
+    assert folded and all(name.endswith("layernorm.weight") for name in folded)
+    assert any("scales" in entry for entry in ledger.values())
+    result = CliRunner().invoke(main, ["verify", str(tmp_path / "out"), "--against", str(source), "--json"])
+    assert result.exit_code == 0, result.output
+    compared = {line["name"]: line for line in json.loads(result.stdout)["tensors"]}
+    for line in report.tensors:
+        if line["scheme"]:
+            error = compared[f"{line['name']}.weight"]["relative_error"]
+            assert error == pytest.approx(line["relative_error"], rel=0.02) and error < 0.5
+    notes = {line["name"]: line["note"] for line in report.tensors if line["note"]}
+    assert notes == dict.fromkeys(folded, "scaled for the weights that read it")
+
+
+def loud(model: Path, path: Path) -> Path:
+    """A model of which a few channels behind each norm are much larger than the others, as in large models."""
+    shutil.copytree(model, path)
+    stored = load_file(path / "model.safetensors")
+    for name, tensor in stored.items():
+        if name.endswith("layernorm.weight"):
+            tensor[:3] *= 20
+    save_file(stored, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+def test_scaling_helps_where_some_channels_are_loud(llama_dir: Path, tmp_path: Path) -> None:
+    source, name = loud(llama_dir, tmp_path / "source"), "model.layers.0.self_attn.q_proj"
+    report = run(source, tmp_path / "out", bits=3, method="awq")
+    found = next(line["output_error"] for line in report.tensors if line["name"] == name)
+    sums = Accumulator(hessian=True)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model.get_submodule(name).register_forward_pre_hook(lambda _, x: sums.add(x[0]))
+    with torch.no_grad():
+        model(draw("builtin", source, 6, 32, 0).tokens)
+    weight, stats, plain = Checkpoint(source).read(f"{name}.weight"), sums.stats(), Int4(3, 32, method="rtn")
+    assert stats is not None
+    assert found < output_error(weight, plain.decode(plain.encode(weight)), stats)
