@@ -22,7 +22,8 @@ import torch
 from compress.formats.shard import ShardWriter, write_index
 
 HIDDEN, FFN, KV, VOCAB = 4096, 14336, 1024, 32000
-COMMANDS = (("int4",), ("int4", "--set", "clip=absmax"), ("fp8",), ("fp8", "--set", "granularity=block"))
+RTN = ("int4", "--set", "method=rtn")  # the checkpoint has no tokenizer
+COMMANDS = (RTN, (*RTN, "--set", "clip=absmax"), ("fp8",), ("fp8", "--set", "granularity=block"))
 COMMANDS += (("df11",), ("df11", "--set", "coding=fixed"))
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

@@ -49,7 +49,7 @@ class Blocks:
         self._structure = Structure(self.model, source.specs)
         self._head = self.model.get_output_embeddings()
         self._batches = samples.split(max(1, BATCH_TOKENS // samples.shape[1]))
-        self._blocks = _blocks(self.model)
+        self._blocks = decoder_blocks(self.model)
         self._linears: dict[str, dict[str, Linear]] = {block: {} for block in (*self._blocks, OUTSIDE)}
         for module, linear in linears.items():
             self._linears[self._block_of(linear.path)][module] = linear
@@ -294,7 +294,7 @@ def _build(source: Source) -> PreTrainedModel:
     return model
 
 
-def _blocks(model: nn.Module) -> dict[str, nn.Module]:
+def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The members of the outermost lists of modules, by name: the layers of encoders and decoders."""
     lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     outermost = {p: blocks for p, blocks in lists.items() if not any(p.startswith(f"{other}.") for other in lists)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ from compress.stats import Stats
 from compress.structure import Linear
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, how much there is
+
+
+ROWS = 512  # of a weight that AWQ's search looks at
 
 
 @dataclass(frozen=True)
@@ -123,12 +126,12 @@ class _Block:
         norm = self._blocks.stored(f"{fold.producer}.weight") if producer is None else None
         if first is None or first.hessian is None or (producer is None and norm is None):
             return
-        weights = [read_weight(self._source, self._packed[module]).float() for module in modules]
+        weights = {module: _some_rows(read_weight(self._source, self._packed[module])).float() for module in modules}
         rounded = [self._stored(module) for module in modules]
         mean = fold.columns(fold.channels(first.absmean))
-        columns = awq.search(weights, rounded, first.hessian.cpu(), mean)
+        columns = awq.search(list(weights.values()), rounded, first.hessian.cpu(), mean)
         try:
-            if bool((columns == 1).all()) or self._loss(modules, columns, first) >= self._loss(modules, None, first):
+            if self._loss(weights, columns, first) >= self._loss(weights, torch.ones_like(columns), first):
                 return
         except NotPositiveDefinite:
             return
@@ -155,13 +158,11 @@ class _Block:
         scheme, dtype = self._packed[module].scheme, self._source.specs[self._packed[module].source].dtype
         return lambda weight: scheme.decode(scheme.encode(weight.to(dtype), stats)).float()
 
-    def _loss(self, modules: Iterable[str], columns: Tensor | None, stats: Stats) -> float:
-        """The output error of layers that read the same input, encoded in full with their columns scaled or not."""
+    def _loss(self, weights: Mapping[str, Tensor], columns: Tensor, stats: Stats) -> float:
+        """The output error of layers that read the same input, encoded in full with their columns scaled."""
         assert stats.hessian is not None
-        columns = torch.ones_like(stats.absmean) if columns is None else columns
         loss = 0.0
-        for module in modules:
-            weight = read_weight(self._source, self._packed[module]).float()
+        for module, weight in weights.items():
             found = self._stored(module, stats.scaled(1 / columns))(weight * columns) / columns
             loss += awq.energy(found - weight, stats.hessian.cpu())
         return loss
@@ -189,6 +190,11 @@ class _Block:
         self._made[module] = tensors | {name: scale for name, scale in scales.items() if scale is not None}
         self._lines[module] = {"output_error": error_of_output, "note": note}
         return decoded
+
+
+def _some_rows(weight: Tensor) -> Tensor:
+    """Rows all over a weight, as many as it takes to tell what suits their columns."""
+    return weight[:: max(1, len(weight) // ROWS)]
 
 
 def _step(block: str) -> str:

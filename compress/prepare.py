@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from compress import hub
+from compress.blocks import decoder_blocks
 from compress.layout import Unit, tied_copies, units
 from compress.pipeline import TensorReport, read_weight
 from compress.planning import Packed, Plan, resolve, weight_shape
@@ -103,7 +104,22 @@ class Prepared:
             self.source.release(unit.source)
 
     def _peak(self) -> int:
-        return WORKING_BYTES + max((self._working_bytes(packed) for packed in self.plan.modules.values()), default=0)
+        largest = max((self._working_bytes(packed) for packed in self.plan.modules.values()), default=0)
+        return WORKING_BYTES + max(largest, self._calibration_bytes())
+
+    def _calibration_bytes(self) -> int:
+        """At most what a block takes in float32, with a Hessian for each layer that wants one; activations not counted,
+        which lie in files but for one batch."""
+        if not any(packed.scheme.needs_calibration for packed in self.plan.modules.values()):
+            return 0
+        model, linears = self.structure.model, self.structure.linears
+        sizes = {name: 4 * sum(p.numel() for p in block.parameters()) for name, block in decoder_blocks(model).items()}
+        for module, packed in self.plan.modules.items():
+            if module in linears and packed.scheme.needs_hessian:
+                block = next((name for name in sizes if linears[module].path.startswith(f"{name}.")), "")
+                width = weight_shape(packed, self.source.specs[packed.source])[1]
+                sizes[block] = sizes.get(block, 0) + 4 * width * width
+        return max(sizes.values(), default=0)
 
     def _working_bytes(self, packed: Packed) -> int:
         """The packed tensors and the decoded copy that their error is measured on; mapped pages are not private."""
