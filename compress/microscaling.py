@@ -1,7 +1,8 @@
 """What mxfp4, mxfp8 and nvfp4 share: small floats in blocks along in_features, an 8-bit scale for each block.
 
 The scale is searched: of a few neighbours of the one that the format's rule gives, the one with the least squared
-error, where calibration has measured the inputs weighted by their second moments.
+error, where calibration has measured the inputs weighted by their second moments. With method=gptq the values are then
+rounded as GPTQ has it, on these scales.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from compress.formats.compiled import float_bits, in_threads, jit
+from compress.gptq import compensate
 from compress.scheme import Scheme, Spec
 from compress.stats import Stats
 
@@ -40,8 +42,18 @@ class Microscaling(Scheme):
     """Blocks of `block` neighbours along in_features. `dtype` is the weight's, which the layout has no place for."""
 
     block: ClassVar[int]
+    element: ClassVar[Element]
     search: bool = True
+    method: Literal["rtn", "gptq"] = "rtn"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.method == "gptq"
+
+    @property
+    def needs_hessian(self) -> bool:
+        return self.needs_calibration
 
     def for_dtype(self, dtype: torch.dtype) -> Microscaling:
         name: Any = str(dtype).removeprefix("torch.")
@@ -55,12 +67,35 @@ class Microscaling(Scheme):
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
+    def _compensated(self, weight: Tensor, scales: Tensor, stats: Stats | None) -> Tensor:
+        """The weight, or with method=gptq what is stored in its place, in float32: each value a code times its scale.
+
+        scales: (out_features, blocks) float32.
+        """
+        if stats is None or stats.hessian is None or self.method == "rtn":
+            return weight
+        scales = scales.to(stats.hessian.device)
+
+        def nearest(column: Tensor, number: int) -> Tensor:
+            scale = scales[:, number // self.block]
+            return rounded(column / scale, self.element) * scale
+
+        return compensate(weight.float().to(stats.hessian.device), stats.hessian, nearest).cpu()
+
     def _check(self, weight: Tensor) -> None:
         if weight.shape[1] % self.block:
             raise ValueError(
                 f"{self.name}: in_features {weight.shape[1]} is not a multiple of {self.block}, the values of a block; "
                 "store this weight as it is, or with int4 or fp8"
             )
+
+
+def rounded(values: Tensor, element: Element) -> Tensor:
+    """The nearest numbers of an element type, half to even, at most its largest."""
+    magnitudes = values.abs().clamp(max=element.largest)
+    exponents = torch.frexp(magnitudes.clamp(min=element.least)).exponent
+    steps = torch.ldexp(torch.ones_like(magnitudes), exponents - 1 - element.mantissa_bits)
+    return torch.copysign((magnitudes / steps).round() * steps, values)
 
 
 def search(

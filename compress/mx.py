@@ -1,4 +1,4 @@
-"""mxfp4 and mxfp8: the OCP Microscaling formats, blocks of 32 with a power of two as scale. Weight-only; needs no data.
+"""mxfp4 and mxfp8: the OCP Microscaling formats, blocks of 32 with a power of two as scale. Weight-only.
 
 "OCP Microscaling Formats (MX) Specification 1.0" (2023), in the compressed-tensors layouts `mxfp4-pack-quantized` and
 `mxfp8-quantized`. MXFP6, MXINT8 and mxfp8 in E5M2 are left out.
@@ -10,7 +10,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from compress.formats import float4, float8
 from compress.formats.float4 import E8M0
 from compress.kernels import decode
-from compress.microscaling import E2M1, E4M3, Element, Microscaling, search
+from compress.microscaling import E2M1, E4M3, Microscaling, search
 from compress.scheme import Spec, Tensors
 from compress.stats import Stats
 
@@ -28,12 +28,12 @@ BIAS = 127  # of E8M0: the byte e stands for 2**(e - 127)
 @dataclass(frozen=True)
 class _Mx(Microscaling):
     block = 32
-    element: ClassVar[Element]
 
     def encode(self, weight: Tensor, stats: Stats | None = None) -> Tensors:
         self._check(weight)
         exponents = self._exponents(weight, stats)
-        return {**self._round(weight, E8M0[exponents.int()]), "weight_scale": exponents}
+        scales = E8M0[exponents.int()]
+        return {**self._round(self._compensated(weight, scales, stats), scales), "weight_scale": exponents}
 
     @abstractmethod
     def _round(self, weight: Tensor, scales: Tensor) -> Tensors:
@@ -70,7 +70,8 @@ class _Mx(Microscaling):
 class Mxfp4(_Mx):
     """4-bit floats (E2M1) with a power of two as scale for every 32 along in_features: OCP MXFP4.
 
-    search tries the rule's exponent, one more and one less; dtype is filled in from the weight.
+    search tries the rule's exponent, one more and one less; method=gptq makes good the error of each column with the
+    later ones, on calibration data; dtype is filled in from the weight.
     """
 
     name = "mxfp4"
@@ -103,7 +104,8 @@ class Mxfp4(_Mx):
 class Mxfp8(_Mx):
     """8-bit floats (E4M3) with a power of two as scale for every 32 along in_features: OCP MXFP8.
 
-    search tries the rule's exponent, one more and one less; dtype is filled in from the weight.
+    search tries the rule's exponent, one more and one less; method=gptq makes good the error of each column with the
+    later ones, on calibration data; dtype is filled in from the weight.
     """
 
     name = "mxfp8"

@@ -2,7 +2,7 @@
 
 The compressed-tensors `nvfp4-pack-quantized` layout, weight-only: w = code * weight_scale / weight_global_scale. Of an
 E4M3 scale's neighbours the best one is searched, which has the choice of "four over six" (arXiv:2512.02010), where a
-block's largest value becomes 4 instead of 6, among others. No data needed. Rotations are left out.
+block's largest value becomes 4 instead of 6, among others. Rotations are left out.
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ USUAL = 8
 class Nvfp4(Microscaling):
     """4-bit floats (E2M1) with an E4M3 scale for every 16 along in_features, and a scale for the tensor: NVFP4.
 
-    search tries the E4M3 neighbours of each scale; dtype is filled in from the weight.
+    search tries the E4M3 neighbours of each scale; method=gptq makes good the error of each column with the later ones,
+    on calibration data; dtype is filled in from the weight.
     """
 
     name = "nvfp4"
     block = 16
+    element = E2M1
 
     def specs(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Spec]:
         rows, width = shape
@@ -65,8 +67,9 @@ class Nvfp4(Microscaling):
         codes[maxima == 0] = ONE
         if self.search:
             codes = search(weight, codes, scales, STEPS, top, E2M1, stats)
+        chosen = scales[codes.int()]
         return {
-            "weight_packed": float4.pack(float4.to_e2m1(weight, scales[codes.int()])),
+            "weight_packed": float4.pack(float4.to_e2m1(self._compensated(weight, chosen, stats), chosen)),
             "weight_scale": codes.view(torch.float8_e4m3fn),
             "weight_global_scale": torch.tensor([divisor]),
         }

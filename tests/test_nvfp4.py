@@ -213,4 +213,4 @@ def test_threads_do_not_change_a_byte() -> None:
 
 
 def test_options_survive() -> None:
-    assert dataclasses.asdict(Nvfp4().for_dtype(torch.float16)) == {"search": True, "dtype": "float16"}
+    assert dataclasses.asdict(Nvfp4().for_dtype(torch.float16)) == {"search": True, "method": "rtn", "dtype": "float16"}
