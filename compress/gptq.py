@@ -33,18 +33,18 @@ def compensate(weight: Tensor, hessian: Tensor, nearest: Nearest, damping: float
     diagonal[diagonal == 0] = 1  # inputs that were always zero: such a column is rounded, and concerns no other
     order = torch.argsort(diagonal, descending=True, stable=True)
     factor = _inverse_factor(hessian[order][:, order], damping)
-    rest, stored = weight[:, order], torch.empty_like(weight)
-    for first in range(0, rest.shape[1], BLOCK):
-        last = min(first + BLOCK, rest.shape[1])
-        errors = torch.empty_like(rest[:, first:last])
+    columns, steps = order.tolist(), factor.diagonal().tolist()
+    rest = weight.T[order]  # a column lies side by side
+    stored = torch.empty_like(rest)
+    for first in range(0, len(rest), BLOCK):
+        last = min(first + BLOCK, len(rest))
+        errors = torch.empty_like(rest[first:last])
         for i in range(first, last):
-            column = int(order[i])
-            stored[:, column] = nearest(rest[:, i], column)
-            error = (rest[:, i] - stored[:, column]) / factor[i, i]
-            rest[:, i + 1 : last].addr_(error, factor[i, i + 1 : last], alpha=-1)
-            errors[:, i - first] = error
-        rest[:, last:].addmm_(errors, factor[first:last, last:], alpha=-1)
-    return stored
+            chosen = stored[columns[i]] = nearest(rest[i], columns[i])
+            error = torch.div(rest[i] - chosen, steps[i], out=errors[i - first])
+            rest[i + 1 : last].addr_(factor[i, i + 1 : last], error, alpha=-1)
+        rest[last:].addmm_(factor[first:last, last:].T, errors, alpha=-1)
+    return stored.T.contiguous()
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:

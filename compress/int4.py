@@ -98,18 +98,18 @@ class Int4(Scheme):
 
     def _compensated(self, weight: Tensor, grid: rtn.Grid, hessian: Tensor) -> Tensor:
         """The packed integers that GPTQ chooses on a grid."""
-        scales, most = grid.scales.float().to(hessian.device), 2**self.bits - 1
-        zeros = torch.full_like(scales, 2 ** (self.bits - 1)) if grid.zeros is None else grid.zeros.to(scales)
-        codes = torch.empty(weight.shape, dtype=torch.uint8)
+        scales, most = grid.scales.T.float().contiguous().to(hessian.device), 2**self.bits - 1
+        zeros = torch.full_like(scales, 2 ** (self.bits - 1)) if grid.zeros is None else grid.zeros.T.to(scales)
+        codes = torch.empty(weight.T.shape, dtype=torch.uint8, device=hessian.device)
 
         def nearest(column: Tensor, number: int) -> Tensor:
-            scale, zero = scales[:, number // self.group_size], zeros[:, number // self.group_size]
+            scale, zero = scales[number // self.group_size], zeros[number // self.group_size]
             code = (column / scale).round_().add_(zero).clamp_(0, most)
-            codes[:, number] = code.to(torch.uint8)
-            return (code - zero) * scale
+            codes[number] = code
+            return code.sub_(zero).mul_(scale)
 
         gptq.compensate(weight.float().to(hessian.device), hessian, nearest)
-        return bitpack.pack(codes, self.bits)
+        return bitpack.pack(codes.T.contiguous().cpu(), self.bits)
 
     def decode(self, tensors: Tensors) -> Tensor:
         packed, scales = tensors["weight_packed"], tensors["weight_scale"]

@@ -74,10 +74,10 @@ class Microscaling(Scheme):
         """
         if stats is None or stats.hessian is None or self.method == "rtn":
             return weight
-        scales = scales.to(stats.hessian.device)
+        columns = scales.T.contiguous().to(stats.hessian.device)
 
         def nearest(column: Tensor, number: int) -> Tensor:
-            scale = scales[:, number // self.block]
+            scale = columns[number // self.block]
             return rounded(column / scale, self.element) * scale
 
         return compensate(weight.float().to(stats.hessian.device), stats.hessian, nearest).cpu()

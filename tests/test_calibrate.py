@@ -20,7 +20,7 @@ from compress.cli import main
 from compress.formats.checkpoint import Checkpoint
 from compress.hf import model_class
 from compress.int4 import Int4
-from compress.samples import draw
+from compress.samples import Samples, draw
 from compress.stats import Accumulator, Stats
 
 TEXT = Calibration(samples=6, seq_len=32)
@@ -265,3 +265,48 @@ def test_scaling_helps_where_some_channels_are_loud(llama_dir: Path, tmp_path: P
     weight, stats, plain = Checkpoint(source).read(f"{name}.weight"), sums.stats(), Int4(3, 32, method="rtn")
     assert stats is not None
     assert found < output_error(weight, plain.decode(plain.encode(weight)), stats)
+
+
+ARCHITECTURES = [
+    "llama-tied-biased",
+    "llama-ragged",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "phi",
+    "phi3",
+    "gpt2",
+    "opt",
+]
+ARCHITECTURES += [
+    "gpt-neox",
+    "falcon",
+    "mamba",
+    "t5",
+    "jetmoe",
+    "mixtral",
+    "qwen2-moe",
+    "gpt-oss",
+    "llama4",
+    "deepseek-v3",
+]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_is_calibrated(
+    name: str, tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = torch.randint(3, 60, (4, 16), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("compress.run.draw", lambda *_: Samples(tokens, "random"))
+    report = run(tiny_model(name), tmp_path / "out", method="awq+gptq", bits=4, calibration=None)
+    coded = [line for line in report.tensors if line["scheme"]]
+    unseen = {line["name"] for line in coded if line["output_error"] is None}
+    assert all(".experts." in module or "dt_proj" in module or "_linear.weight." in module for module in unseen)
+    assert len(unseen) < len(coded) / 2 and all(line["output_error"] < 0.3 for line in coded if line["output_error"])
+    ids = torch.arange(3, 23)[None]
+    extra = {"decoder_input_ids": ids} if name == "t5" else {}
+    original = model_class(AutoConfig.from_pretrained(tiny_model(name))).from_pretrained(tiny_model(name))
+    with torch.no_grad():
+        found, expected = (model(ids, **extra).logits for model in (compress.load(tmp_path / "out"), original))
+    assert (found - expected).norm() < 0.4 * expected.norm()
