@@ -8,10 +8,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compress.api import Options, Rules, Scoring, decode, encode, evaluate, linear, load, plan, quantize
+    from compress.api import (
+        Calibration,
+        Options,
+        Rules,
+        Scoring,
+        decode,
+        encode,
+        evaluate,
+        linear,
+        load,
+        plan,
+        quantize,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["Options", "Rules", "Scoring", "decode", "encode", "evaluate", "linear", "load", "plan", "quantize"]
+__all__ = [
+    "Calibration",
+    "Options",
+    "Rules",
+    "Scoring",
+    "decode",
+    "encode",
+    "evaluate",
+    "linear",
+    "load",
+    "plan",
+    "quantize",
+]
 
 
 def __getattr__(name: str) -> Any:

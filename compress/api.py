@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compress import hub
+from compress.calibrate import Calibration
 from compress.eval.evaluate import Evaluation
 from compress.eval.evaluate import evaluate as run_evaluation
 from compress.eval.report import Report
@@ -21,7 +22,19 @@ from compress.registry import make
 from compress.run import Options, Progress, Scoring, run
 from compress.scheme import Scheme, Spec, Tensors
 
-__all__ = ["Options", "Rules", "Scoring", "decode", "encode", "evaluate", "linear", "load", "plan", "quantize"]
+__all__ = [
+    "Calibration",
+    "Options",
+    "Rules",
+    "Scoring",
+    "decode",
+    "encode",
+    "evaluate",
+    "linear",
+    "load",
+    "plan",
+    "quantize",
+]
 
 
 def plan(model: str | Path, scheme: str = "int4", *, rules: Rules | None = None, **options: Any) -> Forecast:

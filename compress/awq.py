@@ -34,6 +34,7 @@ def search(weights: Sequence[Tensor], rounded: Sequence[Rounded], hessian: Tenso
 
 def energy(difference: Tensor, hessian: Tensor) -> float:
     """The mean over tokens of |x @ difference.T|**2."""
+    difference = difference.to(hessian.device)
     return float(((difference @ hessian) * difference).sum())
 
 

@@ -37,7 +37,7 @@ class Blocks:
 
     samples: (n, length) int64 tokens. linears: the layers that are asked for, by module name. folder: where the
     activations between the blocks lie; they outlive the process, so that another can `leave` what was closed. Weights
-    and activations are float32 on a CPU, and of the model's dtype on other devices.
+    and activations are float32. Raises ValueError for a model whose blocks share weights.
     """
 
     def __init__(
@@ -45,7 +45,6 @@ class Blocks:
     ) -> None:
         self._source, self._folder, self._device = source, folder, torch.device(device)
         self.model = _build(source)
-        self._dtype = torch.float32 if self._device.type == "cpu" else self.model.dtype
         self._structure = Structure(self.model, source.specs)
         self._head = self.model.get_output_embeddings()
         self._batches = samples.split(max(1, BATCH_TOKENS // samples.shape[1]))
@@ -53,6 +52,7 @@ class Blocks:
         self._linears: dict[str, dict[str, Linear]] = {block: {} for block in (*self._blocks, OUTSIDE)}
         for module, linear in linears.items():
             self._linears[self._block_of(linear.path)][module] = linear
+        self._check_shared()
         self._last: dict[str, str] = {}  # list of blocks -> the last of them that is done
         self._places: dict[str, nn.Module] = {}  # module -> what multiplies with its weight
         self._batch, self._outputs = -1, dict[str, Any]()
@@ -78,12 +78,9 @@ class Blocks:
         return list(self._linears[block])
 
     def open(self, block: str) -> None:
-        """Reads the weights of a block; for OUTSIDE, those of the head."""
+        """Reads the weights of a block. What is OUTSIDE needs none: the head is looked at before it would run."""
         if block != OUTSIDE:
             self._materialize(self._members[block])
-        elif self._head is not None and any(linear.head for linear in self._linears[OUTSIDE].values()):
-            self._materialize(self._head_members())
-            del self._head.forward
         for module, linear in self._linears[block].items():
             if linear.expert is None:
                 self._places[module] = self.model.get_submodule(linear.path)
@@ -122,6 +119,11 @@ class Blocks:
         """The tensor of the checkpoint that a parameter of the model is."""
         return self._stored.get(parameter)
 
+    def is_norm(self, path: str) -> bool:
+        """Whether a producer of scales is a norm, and no linear layer."""
+        weight: Any = self.model.get_submodule(path).weight
+        return bool(weight.dim() == 1)
+
     def put(self, parameter: str, tensor: Tensor) -> None:
         """Replaces a parameter of an open block."""
         _put(*self._owner(parameter), self._cast(tensor))
@@ -130,7 +132,7 @@ class Blocks:
         """weight: (out_features, in_features), what stands for the layer's own from now on."""
         place = self._places[module]
         weight = weight.T.contiguous() if isinstance(place, Conv1D) else weight
-        place.weight = nn.Parameter(weight.to(self._device, self._dtype), requires_grad=False)
+        place.weight = nn.Parameter(weight.to(self._device, torch.float32), requires_grad=False)
 
     def close(self, block: str) -> None:
         """Runs the samples through a block as it is now, keeps what it gives, and drops its weights."""
@@ -140,6 +142,8 @@ class Blocks:
             with replacing(self._file(block, batch)) as unfinished:
                 torch.save(_moved(kept[0], torch.device("cpu"), block), unfinished)
         self._blocks[block].to("meta")
+        for stored in {self._stored[name] for name in self._members[block] if name in self._stored}:
+            self._source.release(stored)
         for module in self._linears[block]:
             del self._places[module]
 
@@ -169,6 +173,11 @@ class Blocks:
         except _Stop as stop:
             reached: str | None = stop.args[0]
             return reached
+        except (AssertionError, AttributeError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"{type(self.model).__name__} cannot be run on text alone, one block after the other ({error!r}); "
+                "choose a scheme that needs no calibration, or method=rtn"
+            ) from error
         return None
 
     def _output(self, block: str) -> Any:
@@ -186,13 +195,28 @@ class Blocks:
         self._materialize([name for name in self._members[OUTSIDE] if name not in heads])
         for path, module in self.model.named_modules():
             if isinstance(module, nn.Embedding) and self._block_of(path) == OUTSIDE:
-                module.register_forward_hook(lambda _, __, output: output.to(self._dtype))
+                module.register_forward_hook(lambda _, __, output: output.float())
         for name, block in self._blocks.items():
             block.forward = _stopping(name)
         if self._head is not None:
             self._head.forward = _stopping(None)
         if hasattr(self.model, "set_experts_implementation"):
             self.model.set_experts_implementation("eager")  # the others multiply with a whole 3-D parameter at once
+
+    def _check_shared(self) -> None:
+        owners: dict[int, str] = {}
+        for name, block in self._blocks.items():
+            for parameter in block.parameters():
+                first = owners.setdefault(id(parameter), name)
+                if first != name:
+                    raise ValueError(
+                        f"{first} and {name} share weights, which cannot be fitted to both; use method=rtn"
+                    )
+
+    def ready(self) -> bool:
+        """Whether what the blocks that were left gave is all there."""
+        files = [self._file(block, batch) for block in self._last.values() for batch in range(len(self._batches))]
+        return all(file.exists() and file.stat().st_size for file in files)
 
     def _head_members(self) -> list[str]:
         path = next((path for path, module in self.model.named_modules() if module is self._head), None)
@@ -203,6 +227,7 @@ class Blocks:
 
     def _materialize(self, names: Iterable[str]) -> None:
         tied = self._structure.tied()
+        tied = {**{b: a for a, b in tied.items()}, **tied}
         stacks = {linear.path for linear in self._structure.linears.values() if linear.expert is not None}
         for name in names:
             stored = self._stored.get(name) or self._stored.get(tied.get(name, ""))
@@ -236,7 +261,7 @@ class Blocks:
         setattr(owner, leaf, _Experts(experts, parts[0].transposed))
 
     def _cast(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device, self._dtype if tensor.is_floating_point() else tensor.dtype)
+        return tensor.to(self._device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
         path, _, leaf = name.rpartition(".")
@@ -261,6 +286,7 @@ class _Observer:
     def __init__(self) -> None:
         self._sums: dict[str, Accumulator] = {}
         self._leaders: dict[str, str] = {}  # module -> the one that adds up for it
+        self._stats: dict[str, Stats | None] = {}
         self._inputs: list[tuple[weakref.ref[Tensor], str]] = []  # of this pass
 
     def hook(self, module: str, hessian: bool) -> Callable[..., None]:
@@ -281,7 +307,9 @@ class _Observer:
 
     def stats(self, module: str) -> Stats | None:
         leader = self._leaders.get(module)
-        return self._sums[leader].stats() if leader is not None else None
+        if leader is not None and leader not in self._stats:
+            self._stats[leader] = self._sums.pop(leader).stats()
+        return None if leader is None else self._stats[leader]
 
 
 def _build(source: Source) -> PreTrainedModel:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compress import awq
@@ -41,6 +42,10 @@ class Calibration:
     source: str = "builtin"
     samples: int = 128
     seq_len: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or (self.seq_len is not None and self.seq_len < 2):
+            raise ValueError(f"{self}: give 1 sample or more, of 2 tokens or more")
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,8 @@ def calibrate(
     known = {block: job.recall(_step(block)) for block in (*blocks.names, OUTSIDE)}
     done = {block: noted for block, noted in known.items() if noted is not None}
     blocks.leave(block for block in done if block != OUTSIDE)
+    if not (blocks.ready() and all(_is_whole(_file(job, block)) for block in done)):
+        blocks, done = Blocks(source, planned, samples, job.scratch / "activations", device), {}
     while (block := blocks.next()) is not None:
         done[block] = _Block(job, source, plan, planned, blocks, block).fit()
         blocks.leave([block])
@@ -102,11 +109,16 @@ class _Block:
         blocks.open(block)
         hessians = {module for module, packed in self._packed.items() if packed.scheme.needs_hessian}
         stats = blocks.measure(block, hessians) if self._packed else {}
+        for module, measured in stats.items():
+            if measured is not None and not measured.second_moment.isfinite().all():
+                raise ValueError(f"{module}: its inputs hold NaN or infinity on the calibration text; repair the model")
         if block != OUTSIDE and any(packed.scheme.wants_scaled_inputs for packed in self._packed.values()):
             for fold in blocks.folds(block):
                 self._scale(fold, stats)
         for module in self._packed:
-            blocks.set(module, self._encode(module, stats[module]))
+            stored = self._encode(module, stats[module])
+            if block != OUTSIDE:
+                blocks.set(module, stored)
         Fitted.save(_file(self._job, block), self._made)
         if block != OUTSIDE:
             blocks.close(block)
@@ -123,13 +135,13 @@ class _Block:
             return
         first = measured[0]
         producer = self._modules.get(fold.producer)
-        norm = self._blocks.stored(f"{fold.producer}.weight") if producer is None else None
+        norm = self._blocks.stored(f"{fold.producer}.weight") if self._blocks.is_norm(fold.producer) else None
         if first is None or first.hessian is None or (producer is None and norm is None):
             return
         weights = {module: _some_rows(read_weight(self._source, self._packed[module])).float() for module in modules}
         rounded = [self._stored(module) for module in modules]
         mean = fold.columns(fold.channels(first.absmean))
-        columns = awq.search(list(weights.values()), rounded, first.hessian.cpu(), mean)
+        columns = awq.search(list(weights.values()), rounded, first.hessian, mean)
         try:
             if self._loss(weights, columns, first) >= self._loss(weights, torch.ones_like(columns), first):
                 return
@@ -159,12 +171,12 @@ class _Block:
         return lambda weight: scheme.decode(scheme.encode(weight.to(dtype), stats)).float()
 
     def _loss(self, weights: Mapping[str, Tensor], columns: Tensor, stats: Stats) -> float:
-        """The output error of layers that read the same input, encoded in full with their columns scaled."""
+        """The output error of layers that read the same input, encoded with their columns scaled."""
         assert stats.hessian is not None
         loss = 0.0
         for module, weight in weights.items():
             found = self._stored(module, stats.scaled(1 / columns))(weight * columns) / columns
-            loss += awq.energy(found - weight, stats.hessian.cpu())
+            loss += awq.energy(found - weight, stats.hessian)
         return loss
 
     def _encode(self, module: str, stats: Stats | None) -> Tensor:
@@ -186,7 +198,7 @@ class _Block:
         decoded = packed.scheme.decode(tensors)
         error_of_output = None if stats is None else output_error(weight, decoded, stats)
         if stats is None:
-            note = "rounded to nearest: no token of the calibration text came here"
+            note = "rounded to nearest: nothing was measured at its input"
         self._made[module] = tensors | {name: scale for name, scale in scales.items() if scale is not None}
         self._lines[module] = {"output_error": error_of_output, "note": note}
         return decoded
@@ -195,6 +207,14 @@ class _Block:
 def _some_rows(weight: Tensor) -> Tensor:
     """Rows all over a weight, as many as it takes to tell what suits their columns."""
     return weight[:: max(1, len(weight) // ROWS)]
+
+
+def _is_whole(file: Path) -> bool:
+    try:
+        with safe_open(file, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def _step(block: str) -> str:

@@ -8,6 +8,7 @@ found is not believed: each fold is tried with random scales, and kept only if t
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 # In models with a gate, the second reads the first times something that does not depend on it.
 PAIRS = (("v_proj", "o_proj"), ("up_proj", "down_proj"))
-TOLERANCE = 1e-3  # of the block's output, relative, in float32
+TOLERANCE = 1e-3  # of what the producer's scale does alone: float32's rounding, where the residual is not far larger
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,20 @@ def find(model: nn.Module, block: str, head_dim: int | None, run: Callable[[], T
     for fold in (*_norms(model, block, run), *_pairs(model, block, head_dim)):
         scale = torch.exp2(torch.rand(fold.width, generator=torch.Generator().manual_seed(0)) * 2 - 1)
         is_norm = _part(model, fold.producer).weight.dim() == 1
-        for tried in (fold, replace(fold, offset=1.0)) if is_norm else (fold,):
-            with _applied(model, tried, scale):
-                difference = (run() - expected).norm() / expected.norm()
-            if difference < TOLERANCE:
-                found.append(tried)
-                break
+        tried = (fold, replace(fold, offset=1.0)) if is_norm else (fold,)
+        nearest = min(tried, key=lambda candidate: _change(model, candidate, scale, run, expected))
+        if _change(model, nearest, scale, run, expected) < TOLERANCE:
+            found.append(nearest)
     return found
+
+
+def _change(model: nn.Module, fold: Fold, scale: Tensor, run: Callable[[], Tensor], expected: Tensor) -> float:
+    """What a fold changes of a block's output, as a part of what scaling the producer alone does."""
+    with _applied(model, fold, scale):
+        both = float((run() - expected).norm())
+    with _applied(model, replace(fold, readers=()), scale):
+        alone = float((run() - expected).norm())
+    return both / alone if alone > 0 else math.inf
 
 
 @contextmanager

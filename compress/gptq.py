@@ -30,7 +30,8 @@ def compensate(weight: Tensor, hessian: Tensor, nearest: Nearest, damping: float
     """
     hessian = hessian.clone()
     diagonal = hessian.diagonal()
-    diagonal[diagonal == 0] = 1  # inputs that were always zero: such a column is rounded, and concerns no other
+    live = diagonal > 0  # inputs that were always zero: such a column is rounded, and concerns no other
+    diagonal[diagonal == 0] = diagonal[live].mean() if live.any() else 1
     order = torch.argsort(diagonal, descending=True, stable=True)
     factor = _inverse_factor(hessian[order][:, order], damping)
     columns, steps = order.tolist(), factor.diagonal().tolist()

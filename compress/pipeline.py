@@ -210,7 +210,8 @@ def _write_module(writer: ShardWriter, source: Source, plan: Plan, module: str, 
     if fitted is not None and (scales := fitted.scales(module)):
         decoded = unscaled(decoded, scales.get(INPUTS), scales.get(OUTPUTS))
     error = _error(module, scheme, weight, decoded)
-    found = (None, None) if fitted is None else (fitted.output_error, fitted.note)
+    unseen = "rounded to nearest: the calibration text does not reach it" if scheme.needs_calibration else None
+    found = (None, unseen) if fitted is None else (fitted.output_error, fitted.note)
     return TensorReport(module, shape, scheme.name, size, weight.nbytes, _bits(size, weight.numel()), error, *found)
 
 

@@ -25,6 +25,7 @@ from compress.eval.evaluate import check, evaluate
 from compress.eval.report import Report, card
 from compress.formats import manifest
 from compress.formats.files import write_text
+from compress.hf import check_device
 from compress.interchange import loader_note
 from compress.job import Job, check_apart
 from compress.layout import SHARD_BYTES
@@ -53,7 +54,7 @@ class Options:
     """How a run goes about it, whatever the scheme."""
 
     scoring: Scoring | None = Scoring()  # None: unscored
-    calibration: Calibration | None = None  # None: the default, where the scheme needs any
+    calibration: Calibration | str | None = None  # text is its source; None: the default, where the scheme needs any
     device: str | None = None  # where it runs; None: cuda where there is one, else cpu
     seed: int = 0
     overwrite: bool = False
@@ -66,11 +67,12 @@ def run(prepared: Prepared, model: str, out: Path, options: Options, progress: P
     check_apart(out, prepared.path)
     if options.scoring:
         check(prepared.path, **asdict(options.scoring))  # now, not after hours of compressing
+    check_device(options.device)
     samples = _samples(prepared, options)
     recipe = _recipe(prepared, model, options, samples)
     # Scoring and the card's wording may change between an interruption and the next try; the weights stay good.
     decisive = {key: value for key, value in recipe.items() if key not in ("scoring", "command", "model")}
-    decisive["source"] = prepared.source.identity()
+    decisive |= {"source": prepared.source.identity(), "device": options.device if samples else None}
     with Job(out, decisive, options.overwrite) as job:
         if not job.finished:
             written, calibrated = _write(job, prepared, options, samples, progress)
@@ -91,7 +93,8 @@ def read_report(out: Path) -> Report:
 
 def _samples(prepared: Prepared, options: Options) -> Samples | None:
     """The calibration text, where the plan needs one."""
-    how = options.calibration or Calibration()
+    named = options.calibration
+    how = Calibration(named) if isinstance(named, str) else named or Calibration()
     if any(scheme.needs_calibration for scheme in _schemes(prepared)):
         return draw(how.source, prepared.path, how.samples, how.seq_len, options.seed)
     if options.calibration is not None:

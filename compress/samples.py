@@ -50,13 +50,23 @@ def draw(source: str, model: Path, count: int, length: int | None, seed: int) ->
     tokenizer = _tokenizer(model)
     if source == SELF:
         return Samples(_written(model, tokenizer, count, length, seed), SELF)
-    text = texts.read([source], "calibration")
+    text = _excerpt(texts.read([source], "calibration"), count, 8 * length)
     windows, _ = texts.windows(tokenizer, text, length)
     chosen = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:count]]
     first = _first(tokenizer)
     if first is not None:
         chosen[:, 0] = first
     return Samples(chosen, text.name)
+
+
+def _excerpt(text: texts.Text, count: int, size: int) -> texts.Text:
+    """Parts of `size` characters from all over a text that is far longer than what is drawn from it."""
+    whole = text.text
+    if len(whole) <= 2 * count * size:
+        return text
+    step = len(whole) // count
+    parts = [whole[i * step : i * step + size] for i in range(count)]
+    return texts.Text(text.name, "\n\n".join(parts), text.sha256)
 
 
 def _written(model: Path, tokenizer: Any, count: int, length: int, seed: int) -> Tensor:

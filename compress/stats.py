@@ -11,7 +11,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Stats:
-    """Of x, the (tokens, in_features) inputs that a linear layer saw. All float32, on the CPU."""
+    """Of x, the (tokens, in_features) inputs that a linear layer saw. All float32, on the CPU but for the Hessian,
+    which lies where the model ran."""
 
     tokens: int
     second_moment: Tensor  # (in_features,): mean of x**2
@@ -27,7 +28,7 @@ class Stats:
             self.second_moment * scale**2,
             self.absmean * scale,
             self.absmax * scale,
-            None if self.hessian is None else self.hessian * scale * scale[:, None],
+            None if self.hessian is None else self.hessian * torch.outer(scale, scale).to(self.hessian.device),
         )
 
 
@@ -58,9 +59,9 @@ class Accumulator:
                 self._sums[name] += value
 
     def stats(self) -> Stats | None:
-        """None where no token came this way."""
+        """None where no token came this way. To be called once: the sums become what is returned."""
         if not self._tokens:
             return None
-        sums = {name: value.cpu() for name, value in self._sums.items()}
-        hessian = sums["hessian"] / self._tokens if self._with_hessian else None
-        return Stats(self._tokens, sums["square"] / self._tokens, sums["abs"] / self._tokens, sums["max"], hessian)
+        square, magnitude, most = (self._sums[name].cpu() for name in ("square", "abs", "max"))
+        hessian = self._sums["hessian"].div_(self._tokens) if self._with_hessian else None
+        return Stats(self._tokens, square / self._tokens, magnitude / self._tokens, most, hessian)

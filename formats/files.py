@@ -25,6 +25,8 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     yield temporary
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

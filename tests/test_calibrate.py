@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import compress
+from compress import blocks
 from compress.blocks import Blocks
 from compress.calibrate import Calibration, output_error
 from compress.cli import main
@@ -145,7 +146,7 @@ def test_an_expert_that_no_token_reaches_is_rounded_and_the_report_says_so(
     without = {name for name, line in lines.items() if line["note"]}
     assert without and without != set(lines)
     for name in without:
-        assert lines[name]["note"] == "rounded to nearest: no token of the calibration text came here"
+        assert lines[name]["note"] == "rounded to nearest: nothing was measured at its input"
         assert lines[name]["output_error"] is None
     assert compress.load(tmp_path / "out")(torch.arange(3, 9)[None]).logits.isfinite().all()
 
@@ -310,3 +311,85 @@ def test_every_architecture_is_calibrated(
     with torch.no_grad():
         found, expected = (model(ids, **extra).logits for model in (compress.load(tmp_path / "out"), original))
     assert (found - expected).norm() < 0.4 * expected.norm()
+
+
+@pytest.mark.parametrize("left_out", ["up_proj", "v_proj", "o_proj", "k_proj"])
+def test_scales_move_only_between_what_is_planned(left_out: str, llama_dir: Path, tmp_path: Path) -> None:
+    rules = compress.Rules(exclude=(left_out,))
+    source = loud(llama_dir, tmp_path / "source")
+    run(source, tmp_path / "out", method="awq+gptq", bits=4, rules=rules)
+    ledger = json.loads((tmp_path / "out" / "compress.json").read_text())["ledger"]
+    assert all(entry["action"] == "copied" for name, entry in ledger.items() if f".{left_out}." in name)
+    result = CliRunner().invoke(main, ["verify", str(tmp_path / "out"), "--against", str(source)])
+    assert result.exit_code == 0, result.output
+
+
+def test_a_model_that_is_not_finite_on_the_text_is_refused(llama_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama_dir, tmp_path / "source")
+    stored = load_file(tmp_path / "source" / "model.safetensors")
+    stored["model.embed_tokens.weight"][:] = torch.inf
+    save_file(stored, tmp_path / "source" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"layers\.0\..*: its inputs hold NaN or infinity on the calibration text"):
+        run(tmp_path / "source", tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("lost", ["*.safetensors", "activations/*", "*"])
+def test_what_was_lost_of_an_interrupted_run_is_made_again(
+    lost: str, llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(llama_dir, tmp_path / "whole", command="same")
+    with monkeypatch.context() as patch:
+        patch.setattr("compress.run.write", lambda *_, **__: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            run(llama_dir, tmp_path / "out", command="same")
+    scratch = tmp_path / "out.partial" / "scratch"
+    for path in list(scratch.glob(lost)):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.write_bytes(b"")
+    run(llama_dir, tmp_path / "out", command="same")
+    assert tensors(tmp_path / "out") == tensors(tmp_path / "whole")
+
+
+def test_a_model_that_needs_more_than_text_is_refused_in_one_line(
+    llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlamaModel
+
+    def forward(*_: Any, **__: Any) -> Any:
+        raise AttributeError("'NoneType' object has no attribute 'shape'")
+
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    with pytest.raises(ValueError, match="LlamaForCausalLM cannot be run on text alone.*choose a scheme that needs no"):
+        run(llama_dir, tmp_path / "out")
+
+
+def test_blocks_that_share_weights_are_refused(
+    llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = blocks._build
+
+    def sharing(source: Any) -> Any:
+        model = built(source)
+        model.model.layers[1].mlp = model.model.layers[0].mlp
+        return model
+
+    monkeypatch.setattr(blocks, "_build", sharing)
+    with pytest.raises(ValueError, match="model.layers.0 and model.layers.1 share weights"):
+        run(llama_dir, tmp_path / "out")
+
+
+@pytest.mark.parametrize("wrong", [{"samples": 0}, {"samples": -1}, {"seq_len": 1}])
+def test_samples_that_are_none_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="give 1 sample or more, of 2 tokens or more"):
+        Calibration(**wrong)
+
+
+def test_of_a_long_text_parts_from_all_over_are_read(llama_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("".join(f"word {i} and then " for i in range(20000)))
+    found = draw(str(tmp_path / "long.txt"), llama_dir, 4, 16, 0)
+    texts = AutoTokenizer.from_pretrained(llama_dir).batch_decode(found.tokens)
+    assert found.tokens.shape == (4, 16)
+    assert len({text[:12] for text in texts}) == 4

@@ -123,3 +123,14 @@ def test_neither_weight_nor_hessian_is_changed() -> None:
     before = weight.clone(), hessian.clone()
     compensate(weight, hessian, halves)
     assert torch.equal(weight, before[0]) and torch.equal(hessian, before[1])
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e3])
+def test_dead_channels_and_the_unit_of_activations_do_not_matter(size: float) -> None:
+    x = inputs(300, 64)
+    x[:, ::4] = 0
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(6))
+    found = compensate(weight, (size * x).T @ (size * x) / 300, halves)
+    assert torch.equal(found, compensate(weight, x.T @ x / 300, halves)) or (
+        (found == compensate(weight, x.T @ x / 300, halves)).float().mean() > 0.97
+    )
