@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -53,9 +54,8 @@ def find(model: nn.Module, block: str, head_dim: int | None, run: Callable[[], T
         scale = torch.exp2(torch.rand(fold.width, generator=torch.Generator().manual_seed(0)) * 2 - 1)
         is_norm = _part(model, fold.producer).weight.dim() == 1
         tried = (fold, replace(fold, offset=1.0)) if is_norm else (fold,)
-        nearest = min(tried, key=lambda candidate: _change(model, candidate, scale, run, expected))
-        if _change(model, nearest, scale, run, expected) < TOLERANCE:
-            found.append(nearest)
+        fits = (candidate for candidate in tried if _change(model, candidate, scale, run, expected) < TOLERANCE)
+        found += list(islice(fits, 1))
     return found
 
 
