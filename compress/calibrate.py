@@ -31,7 +31,6 @@ from compress.structure import Linear
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, how much there is
 
-
 ROWS = 512  # of a weight that AWQ's search looks at
 
 
@@ -98,6 +97,7 @@ class _Block:
         self._job, self._source, self._blocks, self._block = job, source, blocks, block
         self._packed = {module: plan.modules[module] for module in blocks.linears(block)}
         self._modules = {linears[module].path: module for module in self._packed if linears[module].expert is None}
+        self._coded = {packed.source for packed in plan.modules.values()}
         self._inputs: dict[str, Tensor] = {}  # module -> what its input channels are multiplied with,
         self._outputs: dict[str, Tensor] = {}  # and its output channels divided by
         self._made: dict[str, Tensors] = {}
@@ -136,7 +136,10 @@ class _Block:
         first = measured[0]
         producer = self._modules.get(fold.producer)
         norm = self._blocks.stored(f"{fold.producer}.weight") if self._blocks.is_norm(fold.producer) else None
+        bias = self._blocks.stored(f"{fold.producer}.bias")
         if first is None or first.hessian is None or (producer is None and norm is None):
+            return
+        if norm in self._coded or bias in self._coded:  # another scheme stores it as it is in the source
             return
         weights = {module: _some_rows(read_weight(self._source, self._packed[module])).float() for module in modules}
         rounded = [self._stored(module) for module in modules]
@@ -153,7 +156,7 @@ class _Block:
             self._copy(f"{fold.producer}.weight", stored)
         if producer is not None:
             self._outputs[producer] = scale
-        if (bias := self._blocks.stored(f"{fold.producer}.bias")) is not None:
+        if bias is not None:
             before = self._source.read(bias)
             self._copy(f"{fold.producer}.bias", (before.float() / scale).to(before.dtype))
         self._inputs |= dict.fromkeys(modules, fold.columns(scale))

@@ -393,3 +393,19 @@ def test_of_a_long_text_parts_from_all_over_are_read(llama_dir: Path, tmp_path: 
     texts = AutoTokenizer.from_pretrained(llama_dir).batch_decode(found.tokens)
     assert found.tokens.shape == (4, 16)
     assert len({text[:12] for text in texts}) == 4
+
+
+def test_a_norm_that_a_lossless_scheme_stores_keeps_its_scale(
+    llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compress.df11.SMALLEST", 16)  # norms of this model are short
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("- {match: 're:layernorm', scheme: df11}\n")
+    source = loud(llama_dir, tmp_path / "source")
+    report = run(source, tmp_path / "out", method="awq+gptq", bits=8, rules=compress.Rules(recipe))
+    assert any(line["scheme"] == "df11" for line in report.tensors if "layernorm" in line["name"])
+    ids = torch.arange(3, 40)[None]
+    original = AutoModelForCausalLM.from_pretrained(source)
+    with torch.no_grad():
+        found, expected = (model(ids).logits.float() for model in (compress.load(tmp_path / "out"), original))
+    assert (found - expected).norm() < 0.1 * expected.norm()
