@@ -16,6 +16,7 @@ from compress.formats import manifest
 from compress.pipeline import ADDED, changes_read, relative_error, same_bits
 from compress.scheme import Spec
 from compress.source import Source
+from compress.stream import restored
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,11 @@ class Comparison:
 
 def compare(out: Path, model: Path) -> Iterator[Comparison]:
     """A line for every tensor of `model`. Raises ValueError where `out` has no manifest."""
-    ledger = manifest.unseal(out / manifest.NAME)["ledger"]
+    document = manifest.unseal(out / manifest.NAME)
+    ledger = document["ledger"]
     coded = Source(out, foreign=False)
     foreign = not coded.is_coded or coded.is_mixed  # without loss, all is as it was stored
-    original, packed = Source(model, foreign), Source(out, foreign)
+    original, packed = Source(model, foreign), restored(Source(out, foreign), document)
     for name in original.specs:
         yield _compare(name, ledger.get(name), original, packed)
         original.release(name)

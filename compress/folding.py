@@ -90,7 +90,7 @@ class Folding:
             read = [self._loss(module, inputs, Change(), _all_rows) / self._energy(module) for module in readers]
             made = [self._loss(module, Change(), change, _all_rows) / self._energy(module) for module in producers]
             return [sum(read) + sum(made)]
-        losses = [self._loss(module, inputs, Change(), _some_rows) for module in readers]
+        losses = [self._loss(module, inputs, Change(), some_rows) for module in readers]
         return losses if fold.kind == "order" else [sum(losses)]
 
     def _energy(self, module: str) -> float:
@@ -114,7 +114,7 @@ class Folding:
         if fold.kind == "rotation":
             yield rotation(fold)
             return
-        weights = [_some_rows(self._weight(module)) for module in readers]
+        weights = [some_rows(self._weight(module)) for module in readers]
         stats = self.stats(readers[0])
         assert stats is not None
         if fold.kind == "order":
@@ -154,6 +154,6 @@ def _all_rows(weight: Tensor) -> Tensor:
     return weight
 
 
-def _some_rows(weight: Tensor) -> Tensor:
+def some_rows(weight: Tensor) -> Tensor:
     """Rows all over a weight, as many as it takes to tell what suits their columns."""
     return weight[:: max(1, len(weight) // ROWS)]

@@ -6,11 +6,12 @@ import json
 import os
 import platform
 import resource
+import shutil
 import sys
 import time
 from base64 import b64encode
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numba
 import safetensors
 import torch
 import transformers
+from torch import Tensor
 
 from compress import __version__, kv_scales, sizes, stack
 from compress.calibrate import Calibrated, Calibration, calibrate, where
@@ -39,6 +41,8 @@ from compress.prepare import Prepared, summarize
 from compress.progress import Progress
 from compress.samples import Samples, draw
 from compress.statistics import HESSIAN, SAMPLE, Statistics, check_place, measure
+from compress.stream import KEY as STREAM
+from compress.stream import Reordered, Stream, choose
 
 STATISTICS = "statistics"  # what the journal and the recipe say of the file
 
@@ -197,7 +201,12 @@ def _write(
             text = _measured(job, prepared, options, text, progress)
         if text:
             known = text.tokens if isinstance(text, Samples) else text
+            stream = _stream(job, prepared, known, where(options.device))
+            source = source if stream is None else Reordered(source, stream.axes, stream.order)
             calibrated = calibrate(job, source, plan, prepared.structure, known, options.device, progress)
+            if stream:
+                noted = {m: replace(made, note=stream.note(m, made.note)) for m, made in calibrated.fitted.items()}
+                calibrated = replace(calibrated, fitted=noted)
         fitted = calibrated.fitted | stack.fit_rest(job, source, plan, calibrated.fitted)
         calibrated = Calibrated(fitted, calibrated.seconds)
         shard_bytes, order = sizes.parse(options.shard_size), stack.order(source, plan, fitted)
@@ -205,6 +214,22 @@ def _write(
     except ValueError:
         job.discard()  # the input is at fault: nothing of this run can be used again
         raise
+
+
+def _stream(job: Job, prepared: Prepared, text: Tensor | Statistics, device: str) -> Stream | None:
+    """The order of the residual stream's channels, where a scheme asks for one and it helps."""
+    if not any("order" in packed.scheme.folds for packed in prepared.plan.modules.values()):
+        return None
+    known = job.recall(STREAM)
+    if known is None:
+        chosen: Stream | str = "that takes calibration text, and no saved statistics"
+        if isinstance(text, Tensor):
+            folder = job.scratch / STREAM
+            chosen = choose(prepared.source, prepared.plan, prepared.structure, text, folder, device)
+            shutil.rmtree(folder, ignore_errors=True)
+        known = {"why": chosen} if isinstance(chosen, str) else chosen.to_dict()
+        job.note(STREAM, known)
+    return Stream.from_dict(known) if "order" in known else None
 
 
 def _measured(
@@ -260,7 +285,7 @@ def _seal(
         seconds=cost[0],
         peak_rss_bytes=cost[1],
         tensors=written.reports,
-        notes=prepared.notes(),
+        notes=[*prepared.notes(), *_stream_note(job)],
         evaluation=evaluation,
     )
     write_text(job.checkpoint / manifest.REPORT, manifest.seal(report.to_dict()))
@@ -277,10 +302,20 @@ def _seal(
         "gates": evaluation["gates"] if evaluation else [],
         "ledger": _ledger(prepared, written, fitted),
         **({"stack": errors} if (errors := stack.known_errors(fitted)) else {}),
+        **({STREAM: stream} if "order" in (stream := job.recall(STREAM) or {}) else {}),
         "tensors": written.records,
         "files": manifest.describe_files(job.checkpoint, written.shards),
     }
     write_text(job.checkpoint / manifest.NAME, manifest.seal(document))
+
+
+def _stream_note(job: Job) -> list[str]:
+    known = job.recall(STREAM)
+    if known is None:
+        return []
+    return [
+        f"the residual stream stays in its order: {known['why']}" if "why" in known else "residual stream reordered"
+    ]
 
 
 def _ledger(prepared: Prepared, written: Written, fitted: Mapping[str, Fitted]) -> dict[str, dict[str, Any]]:

@@ -17,6 +17,7 @@ from compress.eval import fidelity
 from compress.eval.predictions import Progress
 from compress.formats import manifest
 from compress.source import Source
+from compress.stream import restored
 from compress.structure import Linear, Structure
 
 TOKENS = 4096  # that each layer is measured on
@@ -39,7 +40,8 @@ def sensitivity(
     windows = windows[: max(1, TOKENS // windows.shape[1])]
     predictions = folder / "layers.zip"
     fidelity.record(original, windows, predictions)
-    ledger, packed = manifest.unseal(out / manifest.NAME)["ledger"], Source(out)
+    document = manifest.unseal(out / manifest.NAME)
+    ledger, packed = document["ledger"], restored(Source(out), document)
     linears = Structure(original, packed.specs).linears
     names = [m for m, packed_as in packed.packed.items() if m in linears and not packed_as.scheme.lossless]
     lines = []

@@ -1,0 +1,151 @@
+"""The order of the residual stream: found and tried on every architecture, kept where it helps, undone by `verify`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import compress
+from compress import stream
+from compress.against import compare
+from compress.calibrate import Calibration
+from compress.prepare import Prepared
+from compress.recipe import Rules
+from compress.source import Source
+from compress.stream import Reordered, Stream
+
+TEXT = Calibration(samples=6, seq_len=32)
+LOUD = 32  # channels of the stream: as many as a block has
+
+
+@pytest.fixture(scope="module")
+def uneven(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same function with a norm's gain up in some channels, and the columns down that read them."""
+    path = tmp_path_factory.mktemp("uneven")
+    for file in llama_dir.iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(path / "model.safetensors")
+    channels = torch.randperm(len(tensors["model.norm.weight"]), generator=torch.Generator().manual_seed(0))[:LOUD]
+    for name, tensor in tensors.items():
+        if name.endswith("layernorm.weight"):
+            tensor[channels] *= 8
+        if any(reader in name for reader in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")):
+            tensor[:, channels] /= 8
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+def prepared(model: Path) -> Prepared:
+    return Prepared(model, "bfp", {}, Rules())
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(tokens()).logits.float()
+    return found
+
+
+def choose(model: Path, folder: Path) -> Stream | str:
+    made = prepared(model)
+    return stream.choose(made.source, made.plan, made.structure, tokens(), folder, "cpu")
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(3, 120, (4, 24), generator=torch.Generator().manual_seed(0))
+
+
+FOLLOWED = [
+    "llama-tied-biased",
+    "gemma2",
+    "phi",
+    "gpt2",
+    "opt",
+    "gpt-neox",
+    "falcon",
+    "t5",
+    "mixtral",
+    "gpt-oss",
+    "jetmoe",
+]
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_the_channels_are_found_in_every_tensor(name: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """In another order, every block gives what it gave, in that order; without one of the tensors none does."""
+    made, ids = prepared(tiny_model(name)), tokens()
+    width = made.structure.model.config.get_text_config().hidden_size
+    axes = stream.find(made.structure, made.source, width)
+    how = (width, {}, ids, tmp_path, "cpu")
+    assert stream._measured(made.source, axes, *how) is not None
+    assert stream._measured(made.source, dict(list(axes.items())[1:]), *how) is None
+
+
+def test_a_model_that_is_not_understood_is_left_as_it_is(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """Here the width of the queries is that of the stream, which a layer seems to add to."""
+    assert choose(tiny_model("deepseek-v3"), tmp_path) == "tried in another order, this model computes something else"
+
+
+def test_loud_channels_come_into_blocks_of_their_own(uneven: Path, tmp_path: Path) -> None:
+    found = choose(uneven, tmp_path)
+    assert isinstance(found, Stream)
+    norm = Source(uneven).read("model.layers.0.input_layernorm.weight").abs()
+    ends = norm[found.order].float()
+    assert ends[-LOUD:].min() > 4 or ends[:LOUD].min() > 4
+    assert min(found.gains.values()) >= 0 and max(found.gains.values()) > 0.5
+
+
+def test_no_order_is_kept_that_makes_a_layer_worse(llama_dir: Path, tmp_path: Path) -> None:
+    assert choose(llama_dir, tmp_path) == "every order that was tried makes the error of a layer larger"
+
+
+def test_another_scheme_that_reads_the_stream_keeps_it_in_order(uneven: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("- {match: q_proj, scheme: int4, method: rtn}\n")
+    made = Prepared(uneven, "bfp", {}, Rules(recipe))
+    found = stream.choose(made.source, made.plan, made.structure, tokens(), tmp_path, "cpu")
+    assert found == "a scheme that does not reorder has a part in it"
+
+
+def test_the_reordered_model_is_better_and_is_undone_by_verify(uneven: Path, tmp_path: Path) -> None:
+    reports = {}
+    for reorder in (False, True):
+        out = tmp_path / str(reorder)
+        how: dict[str, Any] = {"method": "rtn", "reorder": reorder, "scoring": None}
+        reports[reorder] = compress.quantize(uneven, out, "bfp", **how, **({"calibration": TEXT} if reorder else {}))
+    wanted = logits(AutoModelForCausalLM.from_pretrained(uneven, dtype=torch.float32))
+    plain, better = (float((logits(compress.load(tmp_path / str(r))) - wanted).norm()) for r in (False, True))
+    assert better < 0.6 * plain
+    document = json.loads((tmp_path / "True" / "compress.json").read_text())
+    assert document["stream"]["axes"]["model.norm.weight"] == 0
+    assert any("residual stream reordered" in note for note in reports[True].notes)
+    notes = {line["name"]: line["note"] for line in reports[True].tensors}
+    assert "residual stream reordered: squared error down by" in notes["model.layers.0.mlp.gate_proj"]
+    lines = list(compare(tmp_path / "True", uneven))
+    assert not [line for line in lines if line.problem]
+    assert all(line.equal for line in lines if line.action == "copied")
+    assert max(line.relative_error for line in lines) < 0.3
+
+
+def test_saved_statistics_leave_the_stream_as_it_is(uneven: Path, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"stats": tmp_path / "stats.safetensors", "calibration": TEXT, "scoring": None}
+    report = compress.quantize(uneven, tmp_path / "out", "bfp", method="rtn", **how)
+    assert any("stays in its order: that takes calibration text" in note for note in report.notes)
+
+
+def test_an_order_is_read_back_as_it_was_written() -> None:
+    written = Stream({"norm": 0}, [2, 0, 1], {"layer": 0.25})
+    assert Stream.from_dict(json.loads(json.dumps(written.to_dict()))) == written
+
+
+def test_a_reordered_source_gives_slices_and_whole_tensors_alike(tiny_model: Callable[[str], Path]) -> None:
+    source = Source(tiny_model("gpt-oss"))
+    name = next(name for name, spec in source.specs.items() if len(spec.shape) == 3)
+    order = torch.randperm(source.specs[name].shape[1]).tolist()
+    other = Reordered(source, {name: 1}, order)
+    assert torch.equal(other.read(name), source.read(name)[:, order])
+    assert torch.equal(other.read(name, 1), source.read(name)[1][order])
