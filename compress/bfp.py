@@ -1,8 +1,8 @@
 """bfp: block floating point (arXiv:2403.20137), signed mantissas in blocks along in_features with shared exponents.
 
 In a layout of our own. Of an exponent's neighbours the one with the least squared error is searched. Channels between
-two layers are put in order of size, so that outliers share blocks, where that makes the calibrated error smaller and no
-layer's larger (`folding.py`); the residual stream stays in its order.
+two layers (`folding.py`) and those of the residual stream (`stream.py`) are put in order of size, so that outliers
+share blocks, where that makes the calibrated error smaller and no layer's larger.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Bfp(Scheme):
     Exactly mantissa_bits + 8 / block_size bits per weight where blocks divide in_features; a row's last block may be
     short. full_range also uses the mantissa -2**(mantissa_bits - 1); search tries an exponent more and one less, and
     keeps the one with the least squared error, weighted where calibration measured the inputs. On calibration data:
-    reorder sorts the channels between two layers where that helps; method=gptq makes good the error of each column with
-    the later ones.
+    reorder sorts the channels between two layers, and those of the residual stream, where that helps; method=gptq makes
+    good the error of each column with the later ones.
     """
 
     name = "bfp"

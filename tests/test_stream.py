@@ -1,6 +1,7 @@
 """The order of the residual stream: found and tried on every architecture, kept where it helps, undone by `verify`."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import compress
@@ -38,6 +40,19 @@ def uneven(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             tensor[:, channels] /= 8
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     return path
+
+
+class Counting(TorchDispatchMode):
+    """Counts what torch is asked to compute, by operation and shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        shapes = [tuple(arg.shape) for arg in args if isinstance(arg, torch.Tensor)]
+        self.calls[f"{function} {shapes}"] += 1
+        return function(*args, **(kwargs or {}))
 
 
 def prepared(model: Path) -> Prepared:
@@ -129,6 +144,20 @@ def test_the_reordered_model_is_better_and_is_undone_by_verify(uneven: Path, tmp
     assert not [line for line in lines if line.problem]
     assert all(line.equal for line in lines if line.action == "copied")
     assert max(line.relative_error for line in lines) < 0.3
+
+
+def test_nothing_is_added_to_a_forward_pass(uneven: Path, tmp_path: Path) -> None:
+    """The same operations, one by one, whether or not channels were reordered."""
+    for reorder in (False, True):
+        how: dict[str, Any] = {"calibration": TEXT} if reorder else {}
+        compress.quantize(uneven, tmp_path / str(reorder), "bfp", method="rtn", reorder=reorder, scoring=None, **how)
+    counted = []
+    for reorder in (False, True):
+        model = compress.load(tmp_path / str(reorder))
+        with Counting() as counting:
+            logits(model)
+        counted.append(counting.calls)
+    assert counted[0] == counted[1] and sum(counted[0].values()) > 100
 
 
 def test_saved_statistics_leave_the_stream_as_it_is(uneven: Path, tmp_path: Path) -> None:
