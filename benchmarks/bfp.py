@@ -4,7 +4,9 @@
 
 KL divergence is from the original, on held-out text; both run in float32 on bf16 weights. Every key and value of a
 window is packed before it is read: no recent ones are kept in full precision. "With outliers" is the same function of a
-model in which some rotary pairs of every key head are larger, and those of its query heads smaller by the same factor.
+model in which some rotary pairs of every key head are larger, and those of its query heads smaller by the same factor;
+for `--order`, what reordering gives for weights, one in which the gains of norms are larger in some of their
+channels, and the columns that read them smaller, and so the rows of values and the columns of what reads those.
 """
 
 from __future__ import annotations
@@ -13,17 +15,20 @@ import argparse
 import os
 import platform
 import shlex
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from datetime import date
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer, DynamicCache
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoTokenizer, DynamicCache
 from transformers.cache_utils import Cache
 
 import compress
@@ -36,7 +41,9 @@ from compress.kivi import KiviCache
 from compress.packed_cache import nbytes
 
 OUTLIERS, FACTOR = 3, 12.0  # rotary pairs of each key head, and how much larger they become
+LOUD, LOUDER = (32, 8), 16.0  # channels of the stream and of each value head, and how much; exact in bf16
 BLOCKS = (16, 32, 64, 128)
+BITS = (3, 4, 5, 6)
 # in families of equal size: scheme and options
 WEIGHTS: list[tuple[str, dict[str, Any]]] = [
     ("bfp", {}),
@@ -55,6 +62,18 @@ CALIBRATED: list[tuple[str, dict[str, Any]]] = [
     ("bfp", {"method": "gptq"}),
     ("mxfp4", {"method": "gptq"}),
     ("int4", {"group_size": 64, "method": "gptq"}),
+]
+
+
+ORDERED: list[tuple[str, dict[str, Any]]] = [
+    ("bfp", {"method": "gptq", "reorder": False}),
+    ("bfp", {"method": "gptq", "reorder": True}),
+    ("mxfp4", {}),
+    ("mxfp4", {"reorder": True}),
+    ("int4", {"group_size": 64, "method": "rtn"}),
+    ("nvfp4", {}),
+    ("nvfp4", {"reorder": True}),
+    ("int4", {"group_size": 32, "method": "rtn"}),
 ]
 
 
@@ -88,6 +107,14 @@ class Bench:
         with torch.inference_mode():
             self.narrow(self.windows[:1], past_key_values=cache, use_cache=True)
         return nbytes(cache) / self.windows.shape[1], self.score(model)
+
+    def divergence(self, path: Path, scheme: str, options: dict[str, Any], calibrated: bool) -> float:
+        """The KL of a model like this one, compressed. Leaves the bits that a weight takes in `bits`."""
+        extra = {"calibration": self.calibration} if calibrated or options.get("method") == "gptq" else {}
+        out = self.folder / "out"
+        report = compress.quantize(path, out, scheme, scoring=None, overwrite=True, **extra, **options)
+        self.bits = report.bits_per_weight
+        return fidelity.compare(self.widened(out), self.windows, self.folder / "logits", self.bytes, 4).kl_mean
 
     def weights(self, scheme: str, options: dict[str, Any]) -> str:
         extra = {"calibration": self.calibration} if options.get("method") == "gptq" else {}
@@ -141,12 +168,63 @@ def cache_rows(bench: Bench, model: Any) -> Iterator[str]:
         yield f"| {name} | {held:.0f} | {plain / held:.2f} | {scores} |\n"
 
 
+def loud(path: Path, folder: Path) -> Path:
+    """The same function, with outliers that weights see: exactly, since LOUDER is a power of two."""
+    shutil.copytree(path, folder)
+    folder.chmod(0o755)
+    generator = torch.Generator().manual_seed(0)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    channels = torch.randperm(len(tensors["model.norm.weight"]), generator=generator)[: LOUD[0]]
+    size = AutoConfig.from_pretrained(path).head_dim
+    for name in tensors:
+        layer = name.rpartition(".layers.")[0] and ".".join(name.split(".")[:3])
+        if name.endswith("layernorm.weight"):
+            tensors[name][channels] *= LOUDER
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")):
+            tensors[name][:, channels] /= LOUDER
+        if name.endswith("v_proj.weight"):
+            values, reading = tensors[name], tensors[f"{layer}.self_attn.o_proj.weight"]
+            heads = reading.view(len(reading), len(values) // size, -1, size)
+            for head, rows in enumerate(values.view(-1, size, values.shape[1])):
+                chosen = torch.randperm(size, generator=generator)[: LOUD[1]]
+                rows[chosen] *= LOUDER
+                heads[:, head, :, chosen] /= LOUDER
+    file.unlink()
+    save_file(tensors, file, {"format": "pt"})
+    return folder
+
+
+def order_rows(bench: Bench) -> Iterator[str]:
+    yield "| block | bits | bits per weight | as it is | reordered | with outliers | reordered | recovered |\n"
+    yield "|--:|--:|" + "--:|" * 6 + "\n"
+    other = loud(bench.path, bench.folder / "loud")
+    for size, bits in product(BLOCKS, BITS):
+        kl: list[float] = []
+        for path, reorder in product((bench.path, other), (False, True)):
+            options = {"block_size": size, "mantissa_bits": bits, "method": "rtn", "reorder": reorder}
+            kl.append(bench.divergence(path, "bfp", options, calibrated=reorder))
+        recovered = (kl[2] - kl[3]) / (kl[2] - kl[0])
+        shown = " | ".join(f"{value:.5f}" for value in kl)
+        yield f"| {size} | {bits} | {bits + 8 / size:.3f} | {shown} | {recovered:.0%} |\n"
+    yield "\n| format | bits per weight | as it is | with outliers |\n|---|--:|--:|--:|\n"
+    for scheme, options in ORDERED:
+        kl = [bench.divergence(path, scheme, options, "reorder" in options) for path in (bench.path, other)]
+        name = " ".join([f"`{scheme}`", *(f"{key}={value}" for key, value in options.items())])
+        yield f"| {name} | {bench.bits:.3f} | {kl[0]:.5f} | {kl[1]:.5f} |\n"
+
+
 def report(arguments: argparse.Namespace, folder: Path) -> Iterator[str]:
     shown = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     yield f"# Block floating point\n\n`python benchmarks/bfp.py {shlex.join(shown)}`, {date.today()}, "
     yield f"Python {platform.python_version()}, {versions}, {os.cpu_count()} cores.\n"
     bench = Bench(arguments, folder)
+    if arguments.order:
+        how = f"{arguments.samples} samples of {arguments.window} tokens of {Path(arguments.calibration).name}"
+        yield f"\n## Weights, reordered\n\nKL in nats, weights rounded to nearest; reordered by {how}.\n\n"
+        yield from order_rows(bench)
+        return
     model = bench.load()
     count, length = bench.windows.shape
     yield f"\n{count} windows of {length} tokens. KL in nats; perplexity of the original: "
@@ -173,6 +251,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--calibrated", action="store_true", help="also weights with GPTQ, which takes longer")
+    parser.add_argument("--order", action="store_true", help="what reordering gives for weights, and nothing else")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     lines = []
