@@ -59,6 +59,7 @@ class Blocks:
             self._linears[self._block_of(linear.path)][module] = linear
         self._check_shared()
         self._last: dict[str, str] = {}  # list of blocks -> the last of them that is done
+        self._differentiated = False
         self._places: dict[str, nn.Module] = {}  # module -> what multiplies with its weight
         self._batch, self._outputs = -1, dict[str, Any]()
         self._stored = {
@@ -234,8 +235,12 @@ class Blocks:
     def set(self, module: str, weight: Tensor) -> None:
         """weight: (out_features, in_features), what stands for the layer's own from now on."""
         place = self._places[module]
-        weight = weight.T.contiguous() if isinstance(place, Conv1D) else weight
+        weight = self._upright(module, weight).contiguous()
         place.weight = nn.Parameter(weight.to(self._device, torch.float32), requires_grad=False)
+
+    def _upright(self, module: str, weight: Tensor) -> Tensor:
+        """A weight as the model has it, or (out_features, in_features): each made of the other."""
+        return weight.T if isinstance(self._places[module], Conv1D) else weight
 
     def close(self, block: str, attentions: Iterable[str] = ()) -> dict[str, Largest]:
         """Runs the samples through a block as it is now, keeps what it gives, and drops its weights.
@@ -251,12 +256,16 @@ class Blocks:
                 torch.save(_moved(kept[0], torch.device("cpu"), block), unfinished)
         for hook in hooks:
             hook.remove()
+        self.drop(block)
+        return cached
+
+    def drop(self, block: str) -> None:
+        """Forgets the weights of a block."""
         self._blocks[block].to("meta")
         for stored in {self._stored[name] for name in self._members[block] if name in self._stored}:
             self._source.release(stored)
         for module in self._linears[block]:
             del self._places[module]
-        return cached
 
     def leave(self, blocks: Iterable[str]) -> None:
         """Blocks that were closed, perhaps by another process: they give what the last of them gave then."""
@@ -264,18 +273,25 @@ class Blocks:
             path = block.rpartition(".")[0]
             for batch in range(len(self._batches)) if path in self._last else ():
                 self._file(self._last[path], batch).unlink(missing_ok=True)
-            self._last[path], self._batch = block, -1
-            self._blocks[block].forward = self._replaying(path)
+            self._leave(block)
+
+    def _leave(self, block: str) -> None:
+        path = block.rpartition(".")[0]
+        self._last[path], self._batch = block, -1
+        self._blocks[block].forward = self._replaying(path)
 
     def logits(self) -> Iterator[Tensor]:
         """What the head makes of the last block's output, when all blocks are left: (batch, length, vocabulary)."""
-        if self._head is not None:
-            self._head.forward = type(self._head).forward.__get__(self._head)
-            self._materialize(self._head_members())
+        self._open_head()
         for batch in range(len(self._batches)):
             kept: list[Any] = []
             self._run(batch, OUTSIDE, kept)
             yield kept[0]
+
+    def _open_head(self) -> None:
+        if self._head is not None:
+            self._head.forward = type(self._head).forward.__get__(self._head)
+            self._materialize(self._head_members())
 
     def _replaying(self, path: str) -> Callable[..., Any]:
         return lambda *_, **__: self._output(self._last[path])
@@ -289,7 +305,7 @@ class Blocks:
         if block != OUTSIDE:
             self._blocks[block].forward = _ending(self._blocks[block], kept)
         try:
-            with torch.no_grad():
+            with torch.set_grad_enabled(self._differentiated):
                 output = self.model(input_ids=ids, **extra)
             if kept is not None:
                 kept.append(output.logits)

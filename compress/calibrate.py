@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress import gptaq
+from compress import fisher, gptaq
 from compress.blocks import OUTSIDE, Beside, Blocks
 from compress.change import Change, changed
 from compress.fold import Fold, folded_norm
@@ -81,6 +81,11 @@ def calibrate(
     planned = {m: linears[m] for m, packed in plan.modules.items() if m in linears and not packed.scheme.lossless}
     fitted_to = any(plan.modules[module].scheme.needs_hessian for module in planned)
 
+    weighted = {module: linears[module] for module in planned if plan.modules[module].scheme.needs_fisher}
+    squares = fisher.Squares([], 0.0)
+    if weighted and not isinstance(text, Statistics):
+        squares = fisher.measure(job, source, weighted, text, where(device), progress)
+
     def start() -> _Models:
         if isinstance(text, Statistics):
             return _Models(Recorded(text, source, structure, planned, where(device)))
@@ -88,13 +93,14 @@ def calibrate(
         return _Models(*(Blocks(source, planned, text, job.scratch / folder, where(device)) for folder in folders))
 
     def visit(models: _Models, block: str) -> dict[str, Any]:
-        made = _Block(job, source, plan, planned, models, block)
+        squared = text.fisher if isinstance(text, Statistics) else squares.of
+        made = _Block(job, source, plan, planned, models, block, squared)
         return made.fit(_telling(progress, models.blocks, block, len(planned)) if progress else None)
 
     done = walk(job, STAGE, start, visit)
     lines = {block: noted["lines"] for block, noted in done.items()}
     fitted = {name: Fitted(_file(job, block), **line) for block in lines for name, line in lines[block].items()}
-    return Calibrated(fitted, sum(noted["seconds"] for noted in done.values()))
+    return Calibrated(fitted, squares.seconds + sum(noted["seconds"] for noted in done.values()))
 
 
 def _telling(progress: Progress, blocks: Blocks | Recorded, block: str, total: int) -> Tell:
@@ -166,9 +172,17 @@ class _Block:
     """One block while it is compressed."""
 
     def __init__(
-        self, job: Job, source: Source, plan: Plan, linears: Mapping[str, Linear], models: _Models, block: str
+        self,
+        job: Job,
+        source: Source,
+        plan: Plan,
+        linears: Mapping[str, Linear],
+        models: _Models,
+        block: str,
+        squares: Callable[[str], Tensor | None],
     ) -> None:
-        self._job, self._source, self._models, self._block = job, source, models, block
+        """squares: the Fisher information of a module, as it is in the source."""
+        self._job, self._source, self._models, self._block, self._squares = job, source, models, block, squares
         self._blocks = models.blocks
         self._packed = {module: plan.modules[module] for module in self._blocks.linears(block)}
         self._modules = {linears[module].path: module for module in self._packed if linears[module].expert is None}
@@ -284,6 +298,12 @@ class _Block:
         packed, note = self._packed[module], self._notes.get(module) or folding.note(module)
         check_finite(read_weight(self._source, packed), module, packed)
         weight = self._weight(module, folding)
+        if stats is not None and packed.scheme.needs_fisher:
+            squares = self._squares(module)
+            if squares is None:
+                note = note or "weighted by its inputs: no gradient of the loss was measured"
+            else:
+                stats = replace(stats, fisher=fisher.changed(squares, folding.outputs(module)))
         try:
             tensors = packed.scheme.encode(weight, stats)
         except NotPositiveDefinite as error:

@@ -50,7 +50,7 @@ def entries(tensors: Tensors, bits: int) -> Tensor:
 
 
 def fit_blocks(weight: Tensor, name: str, bits: int, block: int, importance: Tensor) -> Tensors:
-    """The scales of a fixed codebook, and which one of several each block has."""
+    """The scales of a fixed codebook, and which one of several each block has. importance: as in `learn`."""
     tables = datatypes.levels(name, bits)
     scales, numbers = datatypes.search(weight, tables, block, importance)
     found = {"scale": positive(scales, weight.dtype)}
@@ -66,7 +66,8 @@ def selectors(tensors: Tensors) -> Tensor:
 
 
 def row_scale(weight: Tensor, importance: Tensor) -> Tensor:
-    """(out_features, 1) in the weight's dtype: the root of the weighted mean square."""
+    """(out_features, 1) in the weight's dtype: the root of the weighted mean square.
+    importance: as in `learn`, and 1 on average in every row."""
     return positive((weight.double().square() * importance).mean(1, keepdim=True).sqrt(), weight.dtype)
 
 

@@ -1,8 +1,8 @@
 """k-means clustering of weights (DKM [2108.12659], eDKM [2309.00964]), after training: indices into codebooks.
 
-Codebooks are the optimum of 1-D k-means, weighted by what the channels carry (SqueezeLLM [2306.07629] has the Fisher
-information instead), and are then fitted to the layer's outputs together with the indices (`ganq.py`). Vectors as
-entries, and training through the clustering, are left out.
+Codebooks are the optimum of 1-D k-means, weighted by what the channels carry or by the Fisher information (SqueezeLLM
+[2306.07629]), and are then fitted to the layer's outputs together with the indices (`ganq.py`). Vectors as entries, and
+training through the clustering, are left out.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from compress import codebooks, gptaq, outliers
+from compress import codebooks, gptaq, importance, outliers
 from compress.formats import bitpack, cluster, datatypes
-from compress.ganq import DAMPING, Fit
+from compress.ganq import Fit
 from compress.kernels import lookup
 from compress.scheme import Scheme, Spec, Tensors
 from compress.stats import Stats
@@ -32,7 +32,8 @@ class Kmeans(Scheme):
     granularity: who shares a codebook: nobody (channel), `group_size` neighbouring output channels, or all. Of few
     input channels a codebook of its own takes more than it gives: below about 2000, group is better for its size.
     method: ganq fits indices and codebooks to the outputs on calibration data; rtn takes the nearest entries.
-    sensitivity: what k-means is weighted by; with none, rtn needs no data.
+    sensitivity: what k-means is weighted by: activation, the inputs' second moments; fisher, squared gradients of the
+    loss, one backward pass; with none, rtn needs no data.
     codebook: learned; or fixed (nf, bitmod3, bitmod4), with a scale for every `block_size` weights of a row.
     entries: int8 halves the learned ones. scale: each output channel has one. outliers: the fraction of weights that
     are stored as they are, beside the indices. nested: compress.load(OUT, bits=3) loads any width from 2 to `bits`.
@@ -46,7 +47,7 @@ class Kmeans(Scheme):
     granularity: Literal["channel", "tensor", "group"] = "channel"
     group_size: int = 16
     method: Literal["ganq", "rtn"] = "ganq"
-    sensitivity: Literal["activation", "none"] = "activation"
+    sensitivity: Literal["activation", "fisher", "none"] = "activation"
     codebook: Literal["learned", "nf", "bitmod3", "bitmod4"] = "learned"
     block_size: int = 128
     entries: Literal["float", "int8"] = "float"
@@ -79,6 +80,10 @@ class Kmeans(Scheme):
         return self.method != "rtn" and not self.nested  # no code is the best one for every width
 
     @property
+    def needs_fisher(self) -> bool:
+        return self.sensitivity == "fisher"
+
+    @property
     def recodes(self) -> bool:
         return self.nested
 
@@ -109,9 +114,9 @@ class Kmeans(Scheme):
     def encode(self, weight: Tensor, stats: Stats | None = None) -> Tensors:
         if not weight.numel():
             raise ValueError(f"{self.name}: the weight is {tuple(weight.shape)}, and holds nothing")
-        importance = self._importance(weight.shape[1], stats)
-        kept = outliers.choose(weight.float(), self.outliers, importance) if self.outliers else None
-        tensors, codes = self._clustered(weight, importance, kept)
+        weights = importance.of(self.sensitivity, weight.shape[1], stats)
+        kept = outliers.choose(weight.float(), self.outliers, weights) if self.outliers else None
+        tensors, codes = self._clustered(weight, weights, kept)
         values = weight
         if self.needs_hessian and stats is not None and stats.hessian is not None:
             codes, values = self._fitted(gptaq.target(weight, stats), weight.dtype, stats.hessian, tensors, kept)
@@ -171,21 +176,11 @@ class Kmeans(Scheme):
         """How many share a codebook."""
         return {"channel": 1, "tensor": rows, "group": min(self.group_size, rows)}[self.granularity]
 
-    def _importance(self, width: int, stats: Stats | None) -> Tensor:
-        """(in_features,) float32, all positive, 1 on average."""
-        if stats is None or self.sensitivity == "none":
-            return torch.ones(width)
-        moments = stats.second_moment.double()
-        mean = moments.mean()
-        # As GPTQ damps the Hessian, whose diagonal this is.
-        return ((moments / mean + DAMPING) / (1 + DAMPING)).float() if mean > 0 else torch.ones(width)
-
-    def _clustered(self, weight: Tensor, importance: Tensor, kept: Tensor | None) -> tuple[Tensors, Tensor | None]:
+    def _clustered(self, weight: Tensor, weights: Tensor, kept: Tensor | None) -> tuple[Tensors, Tensor | None]:
         """What codes will stand for; and the codes, where they are not those of the nearest levels."""
         if self.codebook != "learned":
-            return codebooks.fit_blocks(weight, self.codebook, self.bits, self.block_size, importance), None
-        scale = codebooks.row_scale(weight, importance) if self.scale else None
-        weights = importance[None]
+            return codebooks.fit_blocks(weight, self.codebook, self.bits, self.block_size, weights), None
+        scale = codebooks.row_scale(weight, weights) if self.scale else None
         if scale is not None:
             weights = weights * (scale.float() / scale.float().amax()).square().clamp(min=codebooks.LITTLE)
         if kept is not None:

@@ -25,7 +25,7 @@ def specs(shape: tuple[int, ...], dtype: torch.dtype, fraction: float) -> dict[s
 def choose(weight: Tensor, fraction: float, importance: Tensor) -> Tensor | None:
     """The weights that lose most where their row's mean stands for them: (out_features, in_features) bool, or None.
 
-    weight: (out_features, in_features) float32. importance: (in_features,).
+    weight: (out_features, in_features) float32. importance: (1 or out_features, in_features).
     """
     count = round(fraction * weight.numel())
     if not count:

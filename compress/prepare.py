@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from compress import hub, interchange, kv_scales
-from compress.blocks import decoder_blocks
 from compress.layout import Unit, tied_copies, units
+from compress.memory import calibration_bytes
 from compress.pipeline import TensorReport, read_weight
 from compress.planning import Packed, Plan, resolve, weight_shape
 from compress.recipe import Rules
@@ -132,25 +131,7 @@ class Prepared:
 
     def _peak(self) -> int:
         largest = max((self._working_bytes(packed) for packed in self.plan.modules.values()), default=0)
-        return WORKING_BYTES + max(largest, self._calibration_bytes())
-
-    def _calibration_bytes(self) -> int:
-        """At most what a block takes in float32, as it is and as it was, with a Hessian for each layer that wants one
-        and what is missing to it, and embeddings whose channels are reordered, which are then no longer mapped;
-        activations not counted, which lie in files but for one batch."""
-        if not self.plan.needs_calibration:
-            return 0
-        model, linears = self.structure.model, self.structure.linears
-        sizes = {name: 4 * sum(p.numel() for p in block.parameters()) for name, block in decoder_blocks(model).items()}
-        for module, packed in self.plan.modules.items():
-            if module in linears and packed.scheme.needs_hessian:
-                block = next((name for name in sizes if linears[module].path.startswith(f"{name}.")), "")
-                rows, width = weight_shape(packed, self.source.specs[packed.source])
-                sizes[block] = sizes.get(block, 0) + 4 * width * (width + 2 * rows)
-        reorders = any("order" in packed.scheme.folds for packed in self.plan.modules.values())
-        rows = [m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)] if reorders else []
-        item = max((spec.dtype.itemsize for spec in self.source.specs.values()), default=0)
-        return max(sizes.values(), default=0) + 2 * item * sum(rows)
+        return WORKING_BYTES + max(largest, calibration_bytes(self.plan, self.structure, self.source.specs))
 
     def _working_bytes(self, packed: Packed) -> int:
         """The packed tensors and the decoded copy that their error is measured on; mapped pages are not private."""

@@ -40,7 +40,7 @@ from compress.pipeline import ADDED, Fitted, Written, changes_stored, write
 from compress.prepare import Prepared, summarize
 from compress.progress import Progress
 from compress.samples import Samples, draw
-from compress.statistics import HESSIAN, SAMPLE, Statistics, check_place, measure
+from compress.statistics import FISHER, HESSIAN, SAMPLE, Statistics, check_place, measure
 from compress.stream import KEY as STREAM
 from compress.stream import Reordered, Stream, choose
 
@@ -134,6 +134,7 @@ def wanted_parts(prepared: Prepared) -> dict[str, list[str]]:
     return {
         HESSIAN: [module for module, scheme in schemes.items() if scheme.needs_hessian],
         SAMPLE: [m for m, scheme in schemes.items() if scheme.needs_sample and linears[m].expert is None],
+        FISHER: [module for module, scheme in schemes.items() if scheme.needs_fisher],
     }
 
 

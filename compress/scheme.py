@@ -84,6 +84,11 @@ class Scheme(ABC):
         return False
 
     @property
+    def needs_fisher(self) -> bool:
+        """Whether `encode` uses the squared gradients of its stats."""
+        return False
+
+    @property
     def needs_ranges(self) -> bool:
         """Whether `encode` needs stats, of any layer like it: it stores how large inputs are."""
         return False

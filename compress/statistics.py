@@ -2,7 +2,8 @@
 
 Each block is given what the uncompressed blocks before it give, so the file does not depend on a scheme, and serves any
 of them without another pass. It holds, for every distinct input of linear layers, means, maxima and, where asked for,
-the upper triangle of the Hessian; the folds of each block; and the largest keys and values of each attention module.
+the upper triangle of the Hessian; the Fisher information of each weight, where asked for; the folds of each block; and
+the largest keys and values of each attention module.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from compress import kv_scales
+from compress import fisher, kv_scales
 from compress.blocks import OUTSIDE, Beside, Blocks
 from compress.fold import KINDS, Fold, Kind, is_norm
 from compress.formats.files import sync_directory
@@ -41,10 +42,12 @@ ABOUT = "compress.statistics"  # the key of the metadata that has all but the te
 STAGE = "measuring"
 ANOTHER = "it stays as it is, so name another, or remove it"
 MEANS = ("second_moment", "absmean", "absmax")
-HESSIAN, SAMPLE, CACHED = "hessian", "sample", "cached"
+HESSIAN, SAMPLE, FISHER, CACHED = "hessian", "sample", "fisher", "cached"
 LACKING = {
     HESSIAN: "holds no Hessians, and {} is fitted with one; name a new file, which then has them, or set method=rtn",
     SAMPLE: "holds no samples, and {} quantizes its inputs; name a new file, which then has them, or set smooth=false",
+    FISHER: "holds no Fisher information, and {} is weighted by it; name a new file, which then has it, or set "
+    "sensitivity=activation",
 }
 
 
@@ -105,6 +108,12 @@ class Statistics:
         with safe_open(self.path, "pt") as file:
             name = f"{path}|{CACHED}"
             return Largest(file.get_tensor(name) if name in file.keys() else None)
+
+    def fisher(self, module: str) -> Tensor | None:
+        """(out_features, in_features) float32, of a weight; None where the loss does not depend on it."""
+        with safe_open(self.path, "pt") as file:
+            name = f"{module}|{FISHER}"
+            return file.get_tensor(name) if name in file.keys() else None
 
     def _read_stats(self, leader: str, parts: frozenset[str], device: str) -> Stats:
         with safe_open(self.path, "pt") as file:
@@ -240,7 +249,7 @@ def measure(
 ) -> None:
     """Writes the statistics of a model to `path`, which is there when they are complete.
 
-    samples: what runs through it. parts: HESSIAN, SAMPLE, or both, beside means and maxima.
+    samples: what runs through it. parts: of HESSIAN, SAMPLE and FISHER those that are wanted beside means and maxima.
 
     Raises FileExistsError, and leaves that file as it is, where one has this name by then.
     """
@@ -260,6 +269,9 @@ def measure(
         tokens = {leader: stat.tokens for leader, stat in distinct.items()}
         return {"modules": named, "tokens": tokens, "folds": folds, "shapes": shapes}
 
+    squares = fisher.Squares([], 0.0)
+    if FISHER in parts:
+        squares = fisher.measure(job, source, structure.linears, samples.tokens, device, progress)
     caches = kv_scales.scaled(structure.model)
     start = partial(Blocks, source, structure.linears, samples.tokens, job.scratch / "activations", device)
     blocks = walk(job, STAGE, start, visit, progress)
@@ -270,7 +282,7 @@ def measure(
         "parts": sorted(parts),
         "blocks": blocks,
     }
-    _join(path, [tensors_of(job, STAGE, block) for block in blocks], about)
+    _join(path, [tensors_of(job, STAGE, block) for block in blocks], squares.files, about)
     shutil.rmtree(job.scratch)
 
 
@@ -291,14 +303,18 @@ def _save(file: Path, stats: Mapping[str, Stats], cached: Mapping[str, Largest])
     return shapes
 
 
-def _join(path: Path, files: list[Path], about: dict[str, Any]) -> None:
+def _join(path: Path, files: list[Path], squares: list[Path], about: dict[str, Any]) -> None:
+    """squares: files of Fisher information, by module."""
     shapes = {name: shape for noted in about["blocks"].values() for name, shape in noted["shapes"].items()}
+    for file in squares:
+        with safe_open(file, "pt") as tensors:
+            shapes |= {f"{name}|{FISHER}": tensors.get_slice(name).get_shape() for name in tensors.keys()}
     whole = path.with_name(f"{path.name}.partial")
     with ShardWriter(whole, _announced(shapes), {ABOUT: json.dumps(about)}) as writer:
-        for file in files:
+        for file in (*files, *squares):
             with safe_open(file, "pt") as tensors:
                 for name in tensors.keys():
-                    writer.add(name, tensors.get_tensor(name))
+                    writer.add(f"{name}|{FISHER}" if file in squares else name, tensors.get_tensor(name))
     if path.exists():
         raise FileExistsError(f"stats {path}: another run has written it meanwhile; run this again to use it")
     os.replace(whole, path)

@@ -27,6 +27,8 @@ class Stats:
     # original model has in the place of y
     missing: Tensor | None = None
     sample: Tensor | None = None  # (some tokens, in_features): x itself, from all over the text
+    # (out_features, in_features), on the CPU: the mean over samples of the squared gradient of their loss (`fisher.py`)
+    fisher: Tensor | None = None
 
     def energy(self, weight: Tensor) -> float:
         """The mean over tokens of |x @ weight.T|**2; without a Hessian as if the channels were independent.

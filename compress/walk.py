@@ -41,7 +41,7 @@ def walk(
     known = {block: job.recall(_step(stage, block)) for block in (*blocks.names, OUTSIDE)}
     done = {block: noted for block, noted in known.items() if noted is not None}
     blocks.leave([block for block in done if block != OUTSIDE])
-    if not (blocks.ready() and all(_is_whole(tensors_of(job, stage, block)) for block in done)):
+    if not (blocks.ready() and all(is_whole(tensors_of(job, stage, block)) for block in done)):
         blocks, done = start(), {}
     while (block := blocks.next()) is not None:
         done[block] = visit(blocks, block)
@@ -64,7 +64,8 @@ def _step(stage: str, block: str) -> str:
     return f"{stage}-{block or 'outside'}"
 
 
-def _is_whole(file: Path) -> bool:
+def is_whole(file: Path) -> bool:
+    """Whether what was written there can be read."""
     try:
         with safe_open(file, "pt"):
             return True

@@ -40,7 +40,8 @@ def search(weight: Tensor, tables: Tensor, block: int, importance: Tensor) -> tu
     """The scale of each block of a row, and the number of its codebook, that leave the least weighted squared error.
 
     weight: (rows, columns) bf16, fp16 or fp32, on the CPU, finite. tables: (codebooks, K) float32. block: columns, of
-    which the last may have fewer. importance: (columns,) positive. Returns (rows, blocks) float32, positive, and uint8.
+    which the last may have fewer. importance: (1 or rows, columns) positive. Returns (rows, blocks) float32, positive,
+    and uint8.
     """
     rows, blocks = len(weight), -(-weight.shape[1] // block)
     scales, numbers = torch.ones(rows, blocks), torch.zeros(rows, blocks, dtype=torch.uint8)
@@ -59,7 +60,8 @@ def _search_rows(start, stop, source, shift, tables, block, importance, scales, 
         for i in range(values.shape[0]):
             values[i] = np.uint32(np.uint32(source[row, i]) << shift).view(np.float32)
         for b in range(scales.shape[1]):
-            part, weights = values[b * block : (b + 1) * block], importance[b * block : (b + 1) * block]
+            part = values[b * block : (b + 1) * block]
+            weights = importance[min(row, importance.shape[0] - 1), b * block : (b + 1) * block]
             most = 0.0
             for t in range(tables.shape[0]):
                 scale, explained = _fit_scale(part, weights, tables[t])

@@ -214,7 +214,7 @@ def test_the_best_of_four_grids_is_better_than_the_basic_one() -> None:
     weight = gaussian((16, 512))
     errors = {}
     for name, tables in (("four", datatypes.levels("bitmod4", 4)), ("one", datatypes.levels("bitmod4", 4)[:1])):
-        scales, numbers = datatypes.search(weight, tables, 128, torch.ones(512))
+        scales, numbers = datatypes.search(weight, tables, 128, torch.ones(1, 512))
         levels = (scales[..., None] * tables[numbers.int()]).view(64, 16)
         blocks = weight.view(64, 128)
         found = levels.gather(1, cluster.assign(blocks, levels).long())
