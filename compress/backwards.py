@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.blocks import OUTSIDE, Blocks
+from compress.blocks import Blocks
 from compress.formats.files import replacing
+from compress.hollow import OUTSIDE
 from compress.source import Source
 from compress.structure import Linear
 

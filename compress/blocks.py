@@ -8,29 +8,27 @@ and there the pass ends. So nothing has to be known of an architecture but where
 from __future__ import annotations
 
 import re
-import weakref
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compress import sums
 from compress.change import Change
 from compress.fold import KINDS, Fold, Kind, find, is_norm
 from compress.formats.files import replacing
-from compress.kernels.experts import CompressedExperts
+from compress.hollow import OUTSIDE, Hollow
 from compress.kv_scales import Largest, watch
+from compress.observer import Observer
 from compress.source import Source
-from compress.stats import Accumulator, Stats
-from compress.structure import Linear, Structure, build, read_config
+from compress.stats import Stats
+from compress.structure import Linear
 
 BATCH_TOKENS = 4096  # that run at once
-OUTSIDE = ""  # the name of what belongs to no block
 
 
 class _Stop(Exception):
@@ -48,26 +46,18 @@ class Blocks:
     def __init__(
         self, source: Source, linears: Mapping[str, Linear], samples: Tensor, folder: Path, device: str = "cpu"
     ) -> None:
-        self._source, self._folder, self._device = source, folder, torch.device(device)
-        self.model = _build(source)
-        self._structure = Structure(self.model, source.specs)
-        self._head = self.model.get_output_embeddings()
+        self._folder, self._device = folder, torch.device(device)
+        self._hollow = Hollow(source, self._device)
+        self.model, self._head, self._blocks = self._hollow.model, self._hollow.head, self._hollow.blocks
         self._batches = samples.split(max(1, BATCH_TOKENS // samples.shape[1]))
-        self._blocks = decoder_blocks(self.model)
         self._linears: dict[str, dict[str, Linear]] = {block: {} for block in (*self._blocks, OUTSIDE)}
         for module, linear in linears.items():
-            self._linears[self._block_of(linear.path)][module] = linear
+            self._linears[self._hollow.block_of(linear.path)][module] = linear
         self._check_shared()
         self._last: dict[str, str] = {}  # list of blocks -> the last of them that is done
         self._differentiated = False
         self._places: dict[str, nn.Module] = {}  # module -> what multiplies with its weight
         self._batch, self._outputs = -1, dict[str, Any]()
-        self._stored = {
-            self._structure.target(name)[0]: name for name in source.specs if self._structure.is_placed(name)
-        }
-        self._members: dict[str, list[str]] = {block: [] for block in (*self._blocks, OUTSIDE)}
-        for name in self.model.state_dict():
-            self._members[self._block_of(name)].append(name)
         self._open_outside()
 
     @property
@@ -86,7 +76,7 @@ class Blocks:
     def open(self, block: str) -> None:
         """Reads the weights of a block. What is OUTSIDE needs none: the head is looked at before it would run."""
         if block != OUTSIDE:
-            self._materialize(self._members[block])
+            self._places |= self._hollow.read(self._hollow.members[block])
         for module, linear in self._linears[block].items():
             if linear.expert is None:
                 self._places[module] = self.model.get_submodule(linear.path)
@@ -128,7 +118,7 @@ class Blocks:
         hessians, samples: the modules that want these. beside: the model as it was; what is missing to it is then
         measured. Raises ValueError for inputs that are not finite.
         """
-        observer = _Observer()
+        observer = Observer()
         modules = list(self._linears[block] if modules is None else modules)
         for batch in range(len(self._batches)):
             inputs: dict[str, Tensor] = {}
@@ -222,7 +212,7 @@ class Blocks:
 
     def stored(self, parameter: str) -> str | None:
         """The tensor of the checkpoint that a parameter of the model is."""
-        return self._stored.get(parameter)
+        return self._hollow.stored(parameter)
 
     def is_norm(self, fold: Fold) -> bool:
         """Whether the producer of a fold is a norm, and no linear layer."""
@@ -230,7 +220,7 @@ class Blocks:
 
     def put(self, parameter: str, tensor: Tensor) -> None:
         """Replaces a parameter of an open block."""
-        _put(*self._owner(parameter), self._cast(tensor))
+        self._hollow.put(parameter, tensor)
 
     def set(self, module: str, weight: Tensor) -> None:
         """weight: (out_features, in_features), what stands for the layer's own from now on."""
@@ -261,9 +251,7 @@ class Blocks:
 
     def drop(self, block: str) -> None:
         """Forgets the weights of a block."""
-        self._blocks[block].to("meta")
-        for stored in {self._stored[name] for name in self._members[block] if name in self._stored}:
-            self._source.release(stored)
+        self._hollow.drop(block)
         for module in self._linears[block]:
             del self._places[module]
 
@@ -291,7 +279,7 @@ class Blocks:
     def _open_head(self) -> None:
         if self._head is not None:
             self._head.forward = type(self._head).forward.__get__(self._head)
-            self._materialize(self._head_members())
+            self._hollow.read(self._hollow.head_members())
 
     def _replaying(self, path: str) -> Callable[..., Any]:
         return lambda *_, **__: self._output(self._last[path])
@@ -330,10 +318,10 @@ class Blocks:
         return self._folder / f"{block}.{batch:05d}.pt"
 
     def _open_outside(self) -> None:
-        heads = set(self._head_members())
-        self._materialize([name for name in self._members[OUTSIDE] if name not in heads])
+        heads = set(self._hollow.head_members())
+        self._hollow.read([name for name in self._hollow.members[OUTSIDE] if name not in heads])
         for path, module in self.model.named_modules():
-            if isinstance(module, nn.Embedding) and self._block_of(path) == OUTSIDE:
+            if isinstance(module, nn.Embedding) and self._hollow.block_of(path) == OUTSIDE:
                 module.register_forward_hook(lambda _, __, output: output.float())
         for name, block in self._blocks.items():
             block.forward = _stopping(name)
@@ -357,55 +345,6 @@ class Blocks:
         files = [self._file(block, batch) for block in self._last.values() for batch in range(len(self._batches))]
         return all(file.exists() and file.stat().st_size for file in files)
 
-    def _head_members(self) -> list[str]:
-        path = next((path for path, module in self.model.named_modules() if module is self._head), None)
-        return [] if path is None else [name for name in self._members[OUTSIDE] if name.startswith(f"{path}.")]
-
-    def _block_of(self, name: str) -> str:
-        return next((block for block in self._blocks if name == block or name.startswith(f"{block}.")), OUTSIDE)
-
-    def _materialize(self, names: Iterable[str]) -> None:
-        tied = self._structure.tied()
-        tied = {**{b: a for a, b in tied.items()}, **tied}
-        stacks = {linear.path for linear in self._structure.linears.values() if linear.expert is not None}
-        for name in names:
-            stored = self._stored.get(name) or self._stored.get(tied.get(name, ""))
-            owner, leaf = self._owner(name)
-            if name in stacks:
-                self._place_experts(name)
-            elif stored is not None:
-                tensor = self._source.read(stored)
-                # An embedding is used row by row: it stays as it is mapped from the file.
-                is_rows = isinstance(owner, nn.Embedding) and self._block_of(name) == OUTSIDE
-                _put(owner, leaf, tensor if is_rows and self._device.type == "cpu" else self._cast(tensor))
-            elif leaf in owner._parameters:
-                raise ValueError(
-                    f"{name}: no tensor of the checkpoint has this name, or transformers makes it of several, which "
-                    "calibration cannot follow; choose method=rtn"
-                )
-
-    def _place_experts(self, path: str) -> None:
-        parts = [linear for linear in self._structure.linears.values() if linear.path == path]
-        owner, leaf = self._owner(path)
-        experts: list[list[nn.Linear]] = [[] for _ in range(self._structure.parameters[path].shape[0])]
-        for linear in sorted(parts, key=lambda linear: linear.part):
-            weight = self._source.read(linear.source, linear.index)
-            weight = weight.T if linear.transposed else weight
-            place = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-            place.weight = nn.Parameter(self._cast(weight).contiguous(), requires_grad=False)
-            assert linear.expert is not None
-            experts[linear.expert].append(place)
-            self._places[linear.module] = place
-        delattr(owner, leaf)
-        setattr(owner, leaf, _Experts(experts, parts[0].transposed))
-
-    def _cast(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
-
-    def _owner(self, name: str) -> tuple[nn.Module, str]:
-        path, _, leaf = name.rpartition(".")
-        return self.model.get_submodule(path), leaf
-
 
 @dataclass(frozen=True)
 class Beside:
@@ -424,74 +363,6 @@ class Beside:
         """What should be in the place of a module's output."""
         change = self.outputs(module)
         return output if change is None else change.made(output)
-
-
-class _Experts(CompressedExperts):
-    """Experts whose layers are called one by one also where a model multiplies with all of them at once (Llama 4)."""
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if function is torch.bmm and isinstance(args[1], _Experts) and args[1].transposed:
-            return torch.stack([args[1][expert].multiply(x) for expert, x in enumerate(args[0])])
-        return super().__torch_function__(function, types, args, kwargs)
-
-
-class _Observer:
-    """Adds up the inputs of layers; layers that are given the same tensor, and want the same of it, share the sums."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Accumulator] = {}
-        self._leaders: dict[str, str] = {}  # module -> the one that adds up for it
-        self._stats: dict[str, Stats | None] = {}
-        self._missing: dict[str, tuple[int, Tensor]] = {}
-        self._inputs: list[tuple[weakref.ref[Tensor], str, tuple[bool, bool]]] = []  # of this pass
-
-    def add(self, module: str, x: Tensor, wanted: tuple[bool, bool]) -> None:
-        """wanted: a Hessian, a sample."""
-        leaders = [leader for seen, leader, its in self._inputs if seen() is x and its == wanted]
-        leader = self._leaders.setdefault(module, leaders[0] if leaders else module)
-        if leader == module:
-            self._sums.setdefault(module, Accumulator(*wanted)).add(x)
-            self._inputs.append((weakref.ref(x), module, wanted))
-        elif leader not in leaders:
-            raise RuntimeError(f"{module}: its input is that of {leader} in one pass and not in another")
-
-    def compare(self, module: str, x: Tensor, y: Tensor, original: Tensor) -> None:
-        """x: (..., in_features). y, original: (..., out_features)."""
-        x, difference = (part.reshape(-1, part.shape[-1]).float() for part in (x, original - y))
-        tokens, missing = self._missing.get(module, (0, torch.zeros(())))
-        self._missing[module] = (tokens + len(x), missing.to(x) + difference.T @ x)
-
-    def end_pass(self) -> None:
-        self._inputs.clear()
-
-    def stats(self, module: str) -> Stats | None:
-        """What was measured; and what was missing, where it was compared on all tokens."""
-        leader = self._leaders.get(module)
-        if leader is not None and leader not in self._stats:
-            self._stats[leader] = self._sums.pop(leader).stats()
-        stats = None if leader is None else self._stats[leader]
-        tokens, missing = self._missing.pop(module, (0, torch.zeros(())))
-        return replace(stats, missing=missing / tokens) if stats is not None and tokens == stats.tokens else stats
-
-
-def _build(source: Source) -> PreTrainedModel:
-    config = read_config(source.path)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config.use_cache = False
-    model = build(config, with_buffers=True)
-    model.eval()
-    return model
-
-
-def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The members of the outermost lists of modules, by name: the layers of encoders and decoders."""
-    lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    outermost = {p: blocks for p, blocks in lists.items() if not any(p.startswith(f"{other}.") for other in lists)}
-    return {f"{path}.{i}": block for path, blocks in outermost.items() for i, block in enumerate(blocks)}
 
 
 def _stopping(name: str | None) -> Callable[..., Any]:
@@ -519,13 +390,6 @@ def _tensor(output: Any) -> Tensor:
 def _quotient(config: Any, whole: str, parts: str) -> int | None:
     a, b = getattr(config, whole, None), getattr(config, parts, None)
     return a // b if a and b else None
-
-
-def _put(owner: nn.Module, leaf: str, tensor: Tensor) -> None:
-    if leaf in owner._parameters:
-        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        owner._buffers[leaf] = tensor
 
 
 def _moved(value: Any, device: torch.device, block: str) -> Any:

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from compress import fisher, gptaq
-from compress.blocks import OUTSIDE, Beside, Blocks
+from compress.blocks import Beside, Blocks
 from compress.change import Change, changed
 from compress.fold import Fold, folded_norm
 from compress.folding import Folding
 from compress.gptq import NotPositiveDefinite
+from compress.hollow import OUTSIDE
 from compress.job import Job
 from compress.kv_scales import Largest
 from compress.pipeline import Fitted, changes_stored, check_finite, read_weight

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from compress.blocks import decoder_blocks
+from compress.hollow import decoder_blocks
 from compress.planning import Plan, weight_shape
 from compress.scheme import Spec
 from compress.structure import Structure

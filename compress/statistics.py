@@ -24,10 +24,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compress import fisher, kv_scales
-from compress.blocks import OUTSIDE, Beside, Blocks
+from compress.blocks import Beside, Blocks
 from compress.fold import KINDS, Fold, Kind, is_norm
 from compress.formats.files import sync_directory
 from compress.formats.shard import ShardWriter
+from compress.hollow import OUTSIDE
 from compress.job import Job
 from compress.kv_scales import Largest
 from compress.progress import Progress

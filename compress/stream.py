@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.blocks import OUTSIDE, Blocks
+from compress.blocks import Blocks
 from compress.folding import some_rows
+from compress.hollow import OUTSIDE
 from compress.pipeline import read_weight
 from compress.planning import Packed, Plan
 from compress.source import Source

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
-from compress.blocks import OUTSIDE
+from compress.hollow import OUTSIDE
 from compress.job import Job
 from compress.progress import Progress
 

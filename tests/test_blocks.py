@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from compress.blocks import OUTSIDE, Blocks
+from compress.blocks import Blocks
 from compress.hf import model_class
+from compress.hollow import OUTSIDE
 from compress.source import Source
 from compress.stats import Stats
 from compress.structure import Structure, build, read_config

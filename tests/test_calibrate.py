@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import compress
-from compress import blocks
+from compress import hollow
 from compress.blocks import Blocks
 from compress.calibrate import Calibration, output_error
 from compress.cli import main
@@ -411,14 +411,14 @@ def test_a_model_that_needs_more_than_text_is_refused_in_one_line(
 def test_blocks_that_share_weights_are_refused(
     llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    built = blocks._build
+    built = hollow._build
 
     def sharing(source: Any) -> Any:
         model = built(source)
         model.model.layers[1].mlp = model.model.layers[0].mlp
         return model
 
-    monkeypatch.setattr(blocks, "_build", sharing)
+    monkeypatch.setattr(hollow, "_build", sharing)
     with pytest.raises(ValueError, match="model.layers.0 and model.layers.1 share weights"):
         run(llama_dir, tmp_path / "out")
 
