@@ -29,6 +29,7 @@ from compress.stats import Stats
 from compress.structure import Linear
 
 BATCH_TOKENS = 4096  # that run at once
+TRIED_TOKENS = 512  # of the first batch, on which what a block is made of is tried: dozens of passes
 
 
 class _Stop(Exception):
@@ -49,7 +50,8 @@ class Blocks:
         self._folder, self._device = folder, torch.device(device)
         self._hollow = Hollow(source, self._device)
         self.model, self._head, self._blocks = self._hollow.model, self._hollow.head, self._hollow.blocks
-        self._batches = samples.split(max(1, BATCH_TOKENS // samples.shape[1]))
+        first, each = (max(1, tokens // samples.shape[1]) for tokens in (TRIED_TOKENS, BATCH_TOKENS))
+        self._batches = [samples[:first], *samples[first:].split(each)[: len(samples[first:])]]
         self._linears: dict[str, dict[str, Linear]] = {block: {} for block in (*self._blocks, OUTSIDE)}
         for module, linear in linears.items():
             self._linears[self._hollow.block_of(linear.path)][module] = linear
