@@ -17,7 +17,7 @@ from torch import Tensor
 from compress.activations import Activations, form, input_scale
 from compress.formats import float8
 from compress.kernels import activations as kernels
-from compress.kernels import decode
+from compress.kernels import decode, groups
 from compress.scheme import Scheme, Spec, Tensors
 from compress.stats import Stats
 
@@ -77,17 +77,28 @@ class Fp8(Scheme):
             **static_scale,
         }
 
-    def decode(self, tensors: Tensors) -> Tensor:
-        weight, scales = tensors["weight"], tensors["weight_scale"]
-        block = self._block((weight.shape[0], weight.shape[1]))
-        return decode.e4m3(
-            weight, scales.reshape(-(-weight.shape[0] // block[0]), -(-weight.shape[1] // block[1])), block
-        )
+    def decode(self, tensors: Any) -> Tensor:
+        """tensors: as stored, or as `prepare` returns them."""
+        if isinstance(tensors, groups.OnGpu):
+            return tensors.decode()
+        scales, block = self._blocks(tensors)
+        return decode.e4m3(tensors["weight"], scales, block)
 
-    def linear(self, x: Tensor, tensors: Tensors, bias: Tensor | None = None) -> Tensor:
+    def prepare(self, tensors: Tensors) -> Any:
+        weight, (scales, block) = tensors["weight"], self._blocks(tensors)
+        shape, kind = (weight.shape[0], weight.shape[1]), {"form": "e4m3"}
+        found = groups.on_gpu(weight, scales, shape, 8, block, scales.dtype, **kind)
+        return found and replace(found, input_scale=tensors.get("input_scale")) or tensors
+
+    def _blocks(self, tensors: Tensors) -> tuple[Tensor, tuple[int, int]]:
+        """The scales as (m, n), and the rows and columns that each is for."""
+        rows, columns = tensors["weight"].shape
+        block = self._block((rows, columns))
+        return tensors["weight_scale"].reshape(-(-rows // block[0]), -(-columns // block[1])), block
+
+    def linear(self, x: Tensor, tensors: Any, bias: Tensor | None = None) -> Tensor:
         if self.activations != "none":
-            scale = tensors["input_scale"] if self.activations == "static" else None
-            x = kernels.e4m3(x, scale, self._group_size)
+            x = kernels.e4m3(x, kernels.static_scale(tensors), self._group_size)
         return super().linear(x, tensors, bias)
 
     @property

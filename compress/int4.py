@@ -17,7 +17,7 @@ from torch import Tensor
 from compress import descent, gptaq, gptq, rtn
 from compress.fold import Kind
 from compress.formats import bitpack
-from compress.kernels import decode
+from compress.kernels import decode, groups
 from compress.scheme import Scheme, Spec, Tensors
 from compress.stats import Stats
 
@@ -118,13 +118,25 @@ class Int4(Scheme):
         packed = bitpack.pack(codes.to(torch.uint8).T.contiguous().cpu(), self.bits)
         return replace(grid, packed=packed, scales=scales.T.to("cpu", weight.dtype).contiguous())
 
-    def decode(self, tensors: Tensors) -> Tensor:
+    def decode(self, tensors: Any) -> Tensor:
+        """tensors: as stored, or as `prepare` returns them."""
+        if isinstance(tensors, groups.OnGpu):
+            return tensors.decode()
         packed, scales = tensors["weight_packed"], tensors["weight_scale"]
-        rows, groups = scales.shape
-        zeros = None
-        if not self.symmetric:
-            zeros = bitpack.unpack(tensors["weight_zero_point"].T.contiguous(), self.bits, rows).T
-        return decode.groups(packed, scales, zeros, self.bits, self.group_size)
+        return decode.groups(packed, scales, self._zeros(tensors), self.bits, self.group_size)
+
+    def prepare(self, tensors: Tensors) -> Any:
+        packed, scales = tensors["weight_packed"], tensors["weight_scale"]
+        shape, zeros = (len(scales), scales.shape[1] * self.group_size), self._zeros(tensors)
+        block = (1, self.group_size)
+        return groups.on_gpu(packed, scales, shape, self.bits, block, scales.dtype, zeros=zeros) or tensors
+
+    def _zeros(self, tensors: Tensors) -> Tensor | None:
+        """(out_features, groups) uint8."""
+        if self.symmetric:
+            return None
+        zeros, rows = tensors["weight_zero_point"].T.contiguous(), len(tensors["weight_scale"])
+        return bitpack.unpack(zeros, self.bits, rows).T.contiguous()
 
     @property
     def interchange(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from compress.activations import Activations, form, input_scale
 from compress.fold import Kind
 from compress.int4 import Int4
 from compress.kernels import activations as kernels
+from compress.kernels import groups
 from compress.scheme import Spec, Tensors
 from compress.stats import Stats
 
@@ -86,14 +87,24 @@ class Int8(Int4):
         codes = packed["weight_packed"].view(torch.uint8)[:, :width] ^ 128  # q + 128 as two's complement
         return {"weight": codes.view(torch.int8), "weight_scale": packed["weight_scale"], **scales}
 
-    def decode(self, tensors: Tensors) -> Tensor:
-        if not self._quantizes:
+    def decode(self, tensors: Any) -> Tensor:
+        if not self._quantizes or isinstance(tensors, groups.OnGpu):
             return super().decode(tensors)
-        return tensors["weight"].to(tensors["weight_scale"].dtype) * tensors["weight_scale"]
+        weight, scales = tensors["weight"], tensors["weight_scale"]
+        decoded: Tensor = weight.to(scales.dtype) * scales
+        return decoded
 
-    def linear(self, x: Tensor, tensors: Tensors, bias: Tensor | None = None) -> Tensor:
+    def prepare(self, tensors: Tensors) -> Any:
+        if not self._quantizes:
+            return super().prepare(tensors)
+        weight, scales = tensors["weight"], tensors["weight_scale"]
+        shape, kind = (weight.shape[0], weight.shape[1]), {"form": "signed"}
+        found = groups.on_gpu(weight, scales, shape, 8, (1, max(1, shape[1])), scales.dtype, **kind)
+        return found and replace(found, input_scale=tensors.get("input_scale")) or tensors
+
+    def linear(self, x: Tensor, tensors: Any, bias: Tensor | None = None) -> Tensor:
         if self._quantizes:
-            x = kernels.int8(x, tensors["input_scale"] if self.activations == "static" else None)
+            x = kernels.int8(x, kernels.static_scale(tensors))
         return super().linear(x, tensors, bias)
 
     @property

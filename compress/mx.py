@@ -17,7 +17,7 @@ from torch import Tensor
 
 from compress.formats import float4, float8
 from compress.formats.float4 import E8M0
-from compress.kernels import decode
+from compress.kernels import decode, groups
 from compress.microscaling import E2M1, E4M3, Microscaling, search
 from compress.scheme import Spec, Tensors
 from compress.stats import Stats
@@ -89,9 +89,17 @@ class Mxfp4(_Mx):
         rows, half = specs["weight_packed"].shape
         return Spec(self.torch_dtype, (rows, 2 * half))
 
-    def decode(self, tensors: Tensors) -> Tensor:
+    def decode(self, tensors: Any) -> Tensor:
+        """tensors: as stored, or as `prepare` returns them."""
+        if isinstance(tensors, groups.OnGpu):
+            return tensors.decode()
         scales = _scales(tensors["weight_scale"])
         return decode.e2m1(tensors["weight_packed"], scales, self.block, self.torch_dtype)
+
+    def prepare(self, tensors: Tensors) -> Any:
+        packed, scales = tensors["weight_packed"], tensors["weight_scale"]
+        shape, kind = (packed.shape[0], 2 * packed.shape[1]), {"form": "e2m1"}
+        return groups.on_gpu(packed, scales, shape, 4, (1, self.block), self.torch_dtype, **kind) or tensors
 
     @property
     def interchange(self) -> dict[str, Any]:
@@ -123,8 +131,16 @@ class Mxfp8(_Mx):
     def original(self, specs: Mapping[str, Spec]) -> Spec:
         return Spec(self.torch_dtype, specs["weight"].shape)
 
-    def decode(self, tensors: Tensors) -> Tensor:
+    def decode(self, tensors: Any) -> Tensor:
+        """tensors: as stored, or as `prepare` returns them."""
+        if isinstance(tensors, groups.OnGpu):
+            return tensors.decode()
         return decode.e4m3(tensors["weight"], _scales(tensors["weight_scale"]), (1, self.block), self.torch_dtype)
+
+    def prepare(self, tensors: Tensors) -> Any:
+        weight, kind = tensors["weight"], {"form": "e4m3"}
+        shape, block = (weight.shape[0], weight.shape[1]), (1, self.block)
+        return groups.on_gpu(weight, tensors["weight_scale"], shape, 8, block, self.torch_dtype, **kind) or tensors
 
     @property
     def interchange(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from compress.formats import float4, float8
 from compress.formats.float4 import E2M1_MAX
 from compress.formats.float8 import E4M3_MAX
-from compress.kernels import decode
+from compress.kernels import decode, groups
 from compress.microscaling import E2M1, Microscaling, search
 from compress.scheme import Spec, Tensors
 from compress.stats import Stats
@@ -75,7 +75,18 @@ class Nvfp4(Microscaling):
             "weight_global_scale": torch.tensor([divisor]),
         }
 
-    def decode(self, tensors: Tensors) -> Tensor:
+    def prepare(self, tensors: Tensors) -> Any:
+        packed, scales = tensors["weight_packed"], tensors["weight_scale"]
+        if not groups.runs_on(packed.device):
+            return tensors
+        shape, divisor = (packed.shape[0], 2 * packed.shape[1]), float(tensors["weight_global_scale"])
+        kind = {"form": "e2m1", "divisor": divisor}
+        return groups.on_gpu(packed, scales, shape, 4, (1, self.block), self.torch_dtype, **kind) or tensors
+
+    def decode(self, tensors: Any) -> Tensor:
+        """tensors: as stored, or as `prepare` returns them."""
+        if isinstance(tensors, groups.OnGpu):
+            return tensors.decode()
         scales = tensors["weight_scale"].float() / tensors["weight_global_scale"]
         return decode.e2m1(tensors["weight_packed"], scales, self.block, self.torch_dtype)
 

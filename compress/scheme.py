@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compress.fold import Kind
+from compress.kernels.prepared import Prepared
 from compress.stats import Stats
 
 Tensors = dict[str, Tensor]
@@ -133,8 +134,9 @@ class Scheme(ABC):
         """
 
     @abstractmethod
-    def decode(self, tensors: Tensors) -> Tensor:
-        """The weight that `tensors` stand for: (out_features, in_features), in the dtype that was encoded."""
+    def decode(self, tensors: Any) -> Tensor:
+        """The weight that `tensors`, as stored or as `prepare` returns them, stand for: (out_features, in_features), in
+        the dtype that was encoded."""
 
     def prepare(self, tensors: Tensors) -> Any:
         """What `decode`, `rows` and `linear` run on for many calls, on the device of `tensors`: these, unless kernels
@@ -150,7 +152,7 @@ class Scheme(ABC):
         """The same weight for other options, where that loses nothing. Raises ValueError where it would."""
         raise ValueError(f"{self.name}: {', '.join(options)} is decided when a weight is compressed; leave it out")
 
-    def rows(self, tensors: Tensors, index: Tensor) -> Tensor:
+    def rows(self, tensors: Any, index: Tensor) -> Tensor:
         """decode(tensors)[index]. Override where a few rows cost less than all of them."""
         return self.decode(tensors)[index]
 
@@ -158,8 +160,16 @@ class Scheme(ABC):
     def original(self, specs: Mapping[str, Spec]) -> Spec:
         """Shape and dtype of the weight that was encoded, from the headers of its stored tensors alone."""
 
-    def linear(self, x: Tensor, tensors: Tensors, bias: Tensor | None = None) -> Tensor:
-        """x: (..., in_features). Returns (..., out_features). Override where a fused kernel exists."""
+    def linear(self, x: Tensor, tensors: Any, bias: Tensor | None = None) -> Tensor:
+        """x: (..., in_features). Returns (..., out_features).
+
+        tensors: as stored, or as `prepare` returns them: then without a decoded weight where that is better.
+        """
+        differentiated = torch.is_grad_enabled() and x.requires_grad  # fused kernels have no backward pass
+        if isinstance(tensors, Prepared) and not differentiated:
+            y = tensors.linear(x, bias)
+            if y is not None:
+                return y
         return F.linear(x, self.decode(tensors).to(x.dtype), bias)
 
     @property

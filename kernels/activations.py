@@ -5,11 +5,20 @@ step is rounded to the dtype of the activations, as compressed-tensors does it, 
 kernels that multiply in 8 bits round the quotient once, from float32.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from compress.kernels.groups import OnGpu
+
 E4M3_MAX = 448.0
 INT8_MIN, INT8_MAX = -128.0, 127.0
+
+
+def static_scale(tensors: Any) -> Tensor | None:
+    """The scale of all activations that is stored beside a weight, if one is; None where each token has its own."""
+    return tensors.input_scale if isinstance(tensors, OnGpu) else tensors.get("input_scale")
 
 
 def e4m3(x: Tensor, scale: Tensor | None = None, group_size: int | None = None) -> Tensor:

@@ -1,13 +1,13 @@
-"""The Triton kernel of bfp in Triton's interpreter, on the CPU. Run by test_bfp_triton.py, in a process of its own."""
+"""The Triton kernel of bfp in Triton's interpreter, on the CPU. Run by test_interpreted_kernels.py."""
 
+import interpreted
 import pytest
 import torch
-import triton_interpreted  # noqa: F401  # multiplies bf16 as numbers, which the interpreter does not
 
 from compress.bfp import Bfp
 from compress.kernels import bfp_triton
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:Conversion of an array:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(*interpreted.WARNINGS)
 
 
 def check(scheme: Bfp, shape: tuple[int, int], tokens: int, dtype: torch.dtype, bias: bool = False) -> None:

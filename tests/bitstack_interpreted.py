@@ -1,20 +1,15 @@
-"""The Triton kernel of bitstack in Triton's interpreter, on the CPU. Run by test_bitstack_triton.py, in a process of
-its own: TRITON_INTERPRET must be set before triton is imported."""
+"""The Triton kernel of bitstack in Triton's interpreter, on the CPU. Run by
+test_interpreted_kernels.py."""
 
-import sys
-from pathlib import Path
-
+import interpreted
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import triton_interpreted  # noqa: E402, F401  (teaches the interpreter to multiply bfloat16)
+from compress.bitstack import Bitstack
+from compress.kernels import bitstack as kernels
+from compress.kernels import bitstack_triton
 
-from compress.bitstack import Bitstack  # noqa: E402
-from compress.kernels import bitstack as kernels  # noqa: E402
-from compress.kernels import bitstack_triton  # noqa: E402
-
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:Conversion of an array:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(*interpreted.WARNINGS)
 
 
 def check(shape: tuple[int, int], tokens: int, dtype: torch.dtype, blocks: int, rank: str) -> None:

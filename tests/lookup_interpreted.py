@@ -1,5 +1,6 @@
-"""The Triton kernels of codebooks in Triton's interpreter. Run by test_lookup_triton.py, in a process of its own."""
+"""The Triton kernels of codebooks in Triton's interpreter. Run by test_interpreted_kernels.py."""
 
+import interpreted
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +8,7 @@ from torch import Tensor
 from compress.formats.bitpack import pack
 from compress.kernels import lookup, lookup_triton
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:Conversion of an array:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(*interpreted.WARNINGS)
 
 SHAPES = [(1, 1), (3, 31), (17, 64), (33, 257), (64, 96), (5, 300)]
 

@@ -1,38 +1,19 @@
-"""The Triton kernels of df11 in Triton's interpreter, on the CPU. Run by test_df11_triton.py, in a process of its own:
-TRITON_INTERPRET must be set before triton is imported, and nothing can be compiled in such a process.
+"""The Triton kernels of df11 in Triton's interpreter, on the CPU. Run by
+test_interpreted_kernels.py.
 
 The encoders here follow the description of the layout, one element at a time.
 """
 
+import interpreted
 import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from torch import Tensor
-from triton.runtime import interpreter
 
 from compress.df11 import Df11
 from compress.kernels import df11, df11_triton
 
-# The interpreter computes with numpy, which warns of infinities and NaN, and of how Triton 3.6 takes a scalar.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:Conversion of an array:DeprecationWarning")
-
-_dot = interpreter.InterpreterBuilder.create_dot
-
-
-def _dot_of_bf16(self, a, b, *arguments):  # type: ignore[no-untyped-def]
-    """The interpreter holds a bf16 as its bits, and multiplies those."""
-
-    def widen(handle):  # type: ignore[no-untyped-def]
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        bits = np.ascontiguousarray(handle.data).view(np.uint16).astype(np.uint32) << 16
-        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
-
-    return _dot(self, widen(a), widen(b), *arguments)
-
-
-interpreter.InterpreterBuilder.create_dot = _dot_of_bf16
+pytestmark = pytest.mark.filterwarnings(*interpreted.WARNINGS)
 
 
 def split(words: Tensor) -> tuple[list[int], Tensor]:

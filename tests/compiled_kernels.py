@@ -1,0 +1,274 @@
+"""What the Triton kernels are compiled as, for GPUs that are not there; and the table of what that takes.
+
+`python tests/compiled_kernels.py` writes benchmarks/results/kernels.json: registers, stack and shared memory.
+"""
+
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TABLE = Path(__file__).parents[1] / "benchmarks/results/kernels.json"
+CAPABILITIES = (80, 90, 100)
+# What the GPU reads (A100: 163 KiB; H100, H200 and B200: 227 KiB) of shared memory for one program.
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel as its file launches it.
+
+    GEMV kernels are compiled for every capability, the others for Hopper: compiling takes seconds.
+
+    types: of arguments by name; "i32*" for numbers that are multiples of 16. constants: of the others, dtypes by name.
+    """
+
+    file: str
+    function: str
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int = 4
+    stages: int = 3
+    capabilities: Collection[int] = (90,)
+
+
+_WORDS = {"sign_mantissa": "*u32", "codes": "*u32", "constants": "*u32"}
+_BYTES = {"sign_mantissa": "*u8", "codes": "*u8", "constants": "*u32"}
+_ESCAPES = {"row_start": "*i32", "escapes": "*u32"}
+_SIZES = {"N": "i32*", "K": "i32*"}
+_ANY = {"N": "i32", "K": "i32"}
+_TOKEN = {"x": "*u64", "x_values": "*bf16", **_SIZES}
+_TOKENS = {"x": "*bf16", "partial": "*fp32", "M": "i32", **_SIZES}
+_FINISH = {"partial": "*fp32", "xt": "*bf16", **_ESCAPES, "constants": "*u32", "y": "*bf16", "M": "i32", "N": "i32*"}
+_STREAM = {"codes": "*u64", "lookup": "*u16", "groups": "*i64", "segments": "*u16", "words": "i32"}
+_GROUPED = {"SEGMENT": 128, "GROUP": 32}
+
+
+def _df11(function: str, types: dict[str, str], constants: dict[str, Any], warps: int = 4, stages: int = 3) -> Kernel:
+    which = (90,) if function == "matmul" else CAPABILITIES
+    return Kernel("df11_kernels", function, types, constants, warps, stages, which)
+
+
+DF11 = {
+    "decode_fixed": _df11(
+        "decode_fixed",
+        {**_WORDS, **_ESCAPES, "out": "*i16", "out_quads": "*u64", **_SIZES},
+        {"ROWS": 1, "LANES": 128, "ALIGNED": True},
+    ),
+    "decode_fixed, any K": _df11(
+        "decode_fixed",
+        {**_BYTES, **_ESCAPES, "out": "*i16", "out_quads": "*i16", **_ANY},
+        {"ROWS": 4, "LANES": 128, "ALIGNED": False},
+    ),
+    "decode_huffman": _df11(
+        "decode_huffman",
+        {**_STREAM, "sign_mantissa": "*u32", "constants": "*u32", "out": "*u64", "count": "i32", "quads": "i32"},
+        {"LANES": 128, **_GROUPED, "WIDE": True},
+    ),
+    "scan": _df11(
+        "scan",
+        {**_STREAM, "starts": "*i64", "ends": "*i64", "chunks": "i32", "rest": "i32", "steps": "i32"},
+        {"LANES": 32, "CHUNK": 1 << 14, **_GROUPED},
+        1,
+    ),
+    "gemv": _df11(
+        "gemv",
+        {**_WORDS, **_ESCAPES, **_TOKEN, "y": "*bf16"},
+        {"bias": None, "X": "bf16", "ROWS": 4, "LANES": 128, "SPLIT": 1, "EVEN": True},
+    ),
+    "gemv, K split": _df11(
+        "gemv",
+        {**_WORDS, **_ESCAPES, **_TOKEN, "y": "*fp32"},
+        {"bias": None, "X": "bf16", "ROWS": 1, "LANES": 128, "SPLIT": 4, "EVEN": False},
+    ),
+    "matmul, 16 tokens": _df11(
+        "matmul",
+        {**_WORDS, **_TOKENS},
+        {"DOT": "bf16", "BLOCK_M": 16, "BLOCK_N": 64, "SPLIT": 4, "ALIGNED": True},
+    ),
+    "matmul, 128 tokens": _df11(
+        "matmul",
+        {**_WORDS, **_TOKENS},
+        {"DOT": "bf16", "BLOCK_M": 128, "BLOCK_N": 64, "SPLIT": 1, "ALIGNED": True},
+        8,
+        2,
+    ),
+    "matmul, any K": _df11(
+        "matmul",
+        {**_BYTES, **_TOKENS, **_ANY},
+        {"DOT": "bf16", "BLOCK_M": 16, "BLOCK_N": 64, "SPLIT": 4, "ALIGNED": False},
+    ),
+    "finish": _df11("finish", _FINISH, {"bias": None, "BLOCK_M": 16, "BLOCK_N": 4, "ESCAPES": 16, "SPLIT": 4}),
+}
+
+_TILES = {**_SIZES, "words": "i32", "planes": "i32", "blocks": "i32", "ROWS": "i32"}
+_LOOKUP = {"indices": "*u32", "tables": "*bf16", "scales": "*bf16", "selector": "*u8"}
+
+
+def _lookup(bits: int, block_m: int, planes: bool = False, columns: int = 1) -> Kernel:
+    sizes = {"BLOCK_N": 8, "BLOCK_K": 128} if block_m == 1 else {"BLOCK_N": 64, "BLOCK_K": 64}
+    sizes |= {"BLOCK_K": min(sizes["BLOCK_K"], columns)} if columns > 1 else {}
+    how = {"BITS": bits, "PLANES": planes, "COLUMNS": columns, "SCALED": columns > 1, "DOT": "bf16", "SPLIT": 2}
+    types = {**_LOOKUP, "x": "*bf16", "partial": "*fp32", "M": "i32", **_TILES}
+    which = CAPABILITIES if block_m == 1 and bits == 4 else (90,)
+    return Kernel("lookup_kernels", "product", types, {**how, "BLOCK_M": block_m, **sizes}, capabilities=which)
+
+
+def _lookup_decode(bits: int) -> Kernel:
+    how = {"BITS": bits, "PLANES": False, "COLUMNS": 1, "SCALED": False, "BLOCK_N": 16, "BLOCK_K": 128}
+    return Kernel("lookup_kernels", "decode", {**_LOOKUP, "out": "*bf16", **_TILES}, how)
+
+
+LOOKUP = {
+    "lookup decode, 4 bits": _lookup_decode(4),
+    "lookup decode, 8 bits": _lookup_decode(8),
+    "lookup, 2 bits, 1 token": _lookup(2, 1),
+    "lookup, 4 bits, 1 token": _lookup(4, 1),
+    "lookup, 8 bits, 1 token": _lookup(8, 1),
+    "lookup, 3 planes, 1 token": _lookup(3, 1, planes=True),
+    "lookup, 4 bits, 16 tokens": _lookup(4, 16),
+    "lookup, 8 bits, 16 tokens": _lookup(8, 16),
+    "lookup, 3 planes, 16 tokens": _lookup(3, 16, planes=True),
+    "lookup, 4 bits, 64 tokens": _lookup(4, 64),
+    "lookup, 4 bits in scaled blocks, 1 token": _lookup(4, 1, columns=128),
+    "lookup, 3 planes in scaled blocks, 16 tokens": _lookup(3, 16, planes=True, columns=128),
+}
+
+
+def _bfp(bits: int, size: int, tokens: int = 16, dtype: str = "bf16", number: str = "i32*") -> Kernel:
+    types = {"mantissas": "*u8", "exponents": "*u8", "x": f"*{dtype}", "partial": "*fp32"}
+    types |= dict.fromkeys(("M", "N", "K", "row_bytes", "blocks"), number)
+    how = {"BITS": bits, "BLOCK": size, "DOT": dtype, "BLOCK_M": tokens, "BLOCK_N": 64, "SPLIT": 4}
+    which = CAPABILITIES if bits == 4 and tokens == 16 else (90,)
+    return Kernel("bfp_kernels", "matmul", types, how, *((4, 3) if tokens <= 16 else (8, 2)), which)
+
+
+BFP = {
+    "bfp, 2 bits": _bfp(2, 32),
+    "bfp, 4 bits": _bfp(4, 32),
+    "bfp, 4 bits, any K": _bfp(4, 32, number="i32"),
+    "bfp, 4 bits in blocks of 16, 128 tokens": _bfp(4, 16, 128),
+    "bfp, 5 bits, 128 tokens": _bfp(5, 32, 128),
+    "bfp, 8 bits in blocks of 128, 128 tokens": _bfp(8, 128, 128),
+    "bfp, 6 bits, float32": _bfp(6, 32, dtype="fp32"),
+}
+
+
+def _bitstack(dtype: str, tokens: int) -> Kernel:
+    types = {"planes": "*i64", "u": "*bf16", "v": "*bf16", "levels": "*fp32", "x": f"*{dtype}", "partial": "*fp32"}
+    types |= {**_SIZES, **dict.fromkeys(("M", "COUNT", "RANK"), "i32")}
+    how = {"FLOOR": 1 / 16, "DOT": dtype, "BLOCK_M": tokens, "BLOCK_N": 32, "R": 16, "SPLIT": 4}
+    how["BLOCK_K"] = 128 if dtype == "bf16" else 64
+    return Kernel("bitstack_kernels", "matmul", types, how, 4, 2, CAPABILITIES if tokens == 16 else (90,))
+
+
+BITSTACK = {
+    "bitstack, 16 tokens": _bitstack("bf16", 16),
+    "bitstack, 64 tokens": _bitstack("bf16", 64),
+    "bitstack, float32": _bitstack("fp32", 16),
+}
+
+_SCALED = {"codes": "*u32", "words": "i32*", "blocks": "i32*", "ROWS": "i32", "N": "i32*", "K": "i32*"}
+
+
+def _groups(
+    form: str, bits: int, group: int, where: str, tile: tuple[int, int, int], scales: str = "float", **more: Any
+) -> Kernel:
+    """tile: tokens, rows and columns of a program. more: zeros, dtype, stage and warps."""
+    dtype = more.get("dtype", "bf16")
+    types = {**_SCALED, "scales": "*bf16" if scales == "float" else "*u8", "x": f"*{dtype}", "y": "*fp32"}
+    types |= {"M": "i32", "factor": "fp32"}
+    constants: dict[str, Any] = {"bias": None, "zeros": None, "FORM": form, "BITS": bits, "GROUP": group}
+    constants |= {"SCALES": scales, "WHERE": where, "DOT": dtype, "SPLIT": 4}
+    constants |= dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), tile, strict=True))
+    if more.get("zeros"):
+        types["zeros"] = "*u8"
+        del constants["zeros"]
+    which = more.get("capabilities", (90,))
+    return Kernel("groups_kernels", "product", types, constants, 8 if tile[0] > 64 else 4, 3, which)
+
+
+def _groups_decode(form: str, bits: int, scales: str) -> Kernel:
+    types = {**_SCALED, "scales": "*bf16" if scales == "float" else "*u8", "out": "*bf16", "GROUP": "i32"}
+    how = {"FORM": form, "BITS": bits, "SCALES": scales, "BLOCK_N": 8, "BLOCK_K": 512, "zeros": None}
+    return Kernel("groups_kernels", "decode", types, how)
+
+
+GROUPS = {
+    "groups decode, 3 bits": _groups_decode("int", 3, "float"),
+    "groups decode, mxfp8": _groups_decode("e4m3", 8, "e8m0"),
+    "int4, 1 token": _groups("int", 4, 128, "sums", (8, 128, 128), capabilities=CAPABILITIES),
+    "int4, 16 tokens": _groups("int", 4, 128, "sums", (16, 128, 128)),
+    "int4, 128 tokens": _groups("int", 4, 128, "sums", (128, 64, 128)),
+    "int4, float32": _groups("int", 4, 128, "sums", (16, 64, 32), dtype="fp32"),
+    "int4 with zeros, 1 token": _groups("int", 4, 128, "sums", (8, 128, 128), zeros=True),
+    "int4 in groups of 32, 1 token": _groups("int", 4, 32, "codes", (8, 128, 64)),
+    "int2, 1 token": _groups("int", 2, 128, "sums", (8, 128, 128)),
+    "int3, 1 token": _groups("int", 3, 128, "sums", (8, 128, 128), capabilities=CAPABILITIES),
+    "int8, 1 token": _groups("int", 8, 128, "sums", (8, 128, 128), capabilities=CAPABILITIES),
+    "fp8, 1 token": _groups("e4m3", 8, 4096, "rows", (8, 128, 128), capabilities=CAPABILITIES),
+    "mxfp4, 1 token": _groups("e2m1", 4, 32, "codes", (8, 128, 64), "e8m0", capabilities=CAPABILITIES),
+    "mxfp8, 1 token": _groups("e4m3", 8, 32, "codes", (8, 128, 64), "e8m0", capabilities=CAPABILITIES),
+    "nvfp4, 1 token": _groups("e2m1", 4, 16, "codes", (8, 128, 64), "e4m3", capabilities=CAPABILITIES),
+    "nvfp4, 128 tokens": _groups("e2m1", 4, 16, "codes", (128, 64, 64), "e4m3"),
+    "sums": Kernel(
+        "sums",
+        "_finish",
+        {"partial": "*fp32", "y": "*bf16", "count": "i32*", "N": "i32*"},
+        {"bias": None, "SPLIT": 4, "BLOCK": 1024},
+    ),
+}
+
+KERNELS: dict[str, Kernel] = {**DF11, **LOOKUP, **BFP, **BITSTACK, **GROUPS}
+
+
+def compiled(kernel: Kernel, capability: int) -> Any:
+    """What Triton makes of it."""
+    from importlib import import_module
+
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = getattr(import_module(f"compress.kernels.{kernel.file}"), kernel.function)
+    dtypes = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+    constants = {key: dtypes.get(value, value) for key, value in kernel.constants.items()}
+    signature = {name: kernel.types.get(name, "constexpr").rstrip("*") for name in function.arg_names}
+    aligned = [name for name, kind in kernel.types.items() if kind.startswith("*") or kind.endswith("*")]
+    attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": kernel.warps, "num_stages": kernel.stages}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resources(kernel: Kernel, capability: int) -> dict[str, int]:
+    """Registers of a thread, bytes of its stack (what does not fit in registers) and of a program's shared memory."""
+    import triton
+
+    found = compiled(kernel, capability)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(found.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    numbers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert numbers, usage
+    return {"registers": int(numbers[1]), "stack": int(numbers[2]), "shared": found.metadata.shared}
+
+
+def write_table() -> None:
+    import triton
+
+    kernels = {name: {str(cc): resources(k, cc) for cc in k.capabilities} for name, k in KERNELS.items()}
+    TABLE.write_text(json.dumps({"triton": triton.__version__, "kernels": kernels}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
+    write_table()
