@@ -64,7 +64,7 @@ class Backwards(Blocks):
             self._leave(earlier)
         places = {module: self._places[module] for module in self.linears(block)}
         places = {module: place for module, place in places.items() if block != OUTSIDE or place is self._head}
-        weights = [place.weight.requires_grad_() for place in places.values()]
+        weights = [self._weight(module).requires_grad_() for module in places]
         for batch in range(len(self._batches)):
             found = zip(places, self._back(step, batch, weights), strict=True)
             yield {module: self._upright(module, g) for module, g in found if g is not None}
@@ -81,11 +81,12 @@ class Backwards(Blocks):
         kept: list[Any] = []
         self._run(batch, self.order[step], kept)
         known: dict[str, list[Tensor | None]] = {}
+        ends: list[tuple[Tensor, Tensor | None]]
         if step == len(self._order):
-            targets = self._batches[batch][:, 1:].flatten().to(self._device)
+            targets = self._batches[batch][:, 1:].flatten().to(self.device)
             ends = [(F.cross_entropy(kept[0][:, :-1].flatten(0, 1).float(), targets), None)]
         else:
-            known = torch.load(self._gradients(step + 1, batch), map_location=self._device, weights_only=True)
+            known = torch.load(self._gradients(step + 1, batch), map_location=self.device, weights_only=True)
             given = known.pop(self.order[step], [])
             ends = [(y, g) for y, g in zip(_tensors(kept[0]), given, strict=False) if g is not None and y.requires_grad]
         leaves = {block: _tensors(output) for block, output in self._outputs.items()}

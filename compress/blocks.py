@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,8 @@ class Blocks:
     def __init__(
         self, source: Source, linears: Mapping[str, Linear], samples: Tensor, folder: Path, device: str = "cpu"
     ) -> None:
-        self._folder, self._device = folder, torch.device(device)
-        self._hollow = Hollow(source, self._device)
+        self._folder, self.device = folder, torch.device(device)
+        self._hollow = Hollow(source, self.device)
         self.model, self._head, self._blocks = self._hollow.model, self._hollow.head, self._hollow.blocks
         first, each = (max(1, tokens // samples.shape[1]) for tokens in (TRIED_TOKENS, BATCH_TOKENS))
         self._batches = [samples[:first], *samples[first:].split(each)[: len(samples[first:])]]
@@ -212,6 +213,35 @@ class Blocks:
         self._run(0, block, kept)
         return _tensor(kept[0]).float()
 
+    @property
+    def batches(self) -> int:
+        """How many parts the samples are run in."""
+        return len(self._batches)
+
+    def gives(self, block: str, batch: int) -> Tensor:
+        """What an open block, as it is now, makes of a batch: float32, differentiable in what is `replaced`."""
+        kept: list[Any] = []
+        self._differentiated = torch.is_grad_enabled()
+        self._run(batch, block, kept)
+        self._differentiated = False
+        return _tensor(kept[0]).float()
+
+    def given(self, block: str, batch: int) -> Tensor:
+        """What a closed block gave for a batch."""
+        return _tensor(torch.load(self._file(block, batch), map_location=self.device, weights_only=True)).float()
+
+    @contextmanager
+    def replaced(self, products: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+        """Other products in the place of those with the weights of an open block's modules."""
+        places = {module: self._places[module] for module in products}
+        for module, place in places.items():
+            place.forward = _adding(products[module], getattr(place, "bias", None))
+        try:
+            yield
+        finally:
+            for place in places.values():
+                del place.forward
+
     def stored(self, parameter: str) -> str | None:
         """The tensor of the checkpoint that a parameter of the model is."""
         return self._hollow.stored(parameter)
@@ -228,7 +258,12 @@ class Blocks:
         """weight: (out_features, in_features), what stands for the layer's own from now on."""
         place = self._places[module]
         weight = self._upright(module, weight).contiguous()
-        place.weight = nn.Parameter(weight.to(self._device, torch.float32), requires_grad=False)
+        place.weight = nn.Parameter(weight.to(self.device, torch.float32), requires_grad=False)
+
+    def _weight(self, module: str) -> Tensor:
+        weight = self._places[module].weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def _upright(self, module: str, weight: Tensor) -> Tensor:
         """A weight as the model has it, or (out_features, in_features): each made of the other."""
@@ -290,7 +325,7 @@ class Blocks:
         """One pass, which ends behind `block` and puts what it gave into `kept`. Returns the block that stopped it."""
         if batch != self._batch:
             self._batch, self._outputs = batch, {}
-        ids = self._batches[batch].to(self._device)
+        ids = self._batches[batch].to(self.device)
         extra = {"decoder_input_ids": ids} if self.model.config.is_encoder_decoder else {}
         if block != OUTSIDE:
             self._blocks[block].forward = _ending(self._blocks[block], kept)
@@ -313,7 +348,7 @@ class Blocks:
         """What a closed block gave for the batch that is run."""
         if block not in self._outputs:
             loaded = torch.load(self._file(block, self._batch), mmap=True, weights_only=True)
-            self._outputs[block] = _moved(loaded, self._device, block)
+            self._outputs[block] = _moved(loaded, self.device, block)
         return self._outputs[block]
 
     def _file(self, block: str, batch: int) -> Path:
@@ -382,6 +417,10 @@ def _ending(block: nn.Module, kept: list[Any] | None) -> Callable[..., Any]:
         raise _Stop(None)
 
     return forward
+
+
+def _adding(product: Callable[[Tensor], Tensor], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    return product if bias is None else lambda x: product(x) + bias
 
 
 def _tensor(output: Any) -> Tensor:

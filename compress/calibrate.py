@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress import fisher, gptaq
+from compress import fisher, gptaq, refine
 from compress.blocks import Beside, Blocks
 from compress.change import Change, changed
 from compress.fold import Fold, folded_norm
@@ -80,7 +80,8 @@ def calibrate(
     """
     linears = structure.linears
     planned = {m: linears[m] for m, packed in plan.modules.items() if m in linears and not packed.scheme.lossless}
-    fitted_to = any(plan.modules[module].scheme.needs_hessian for module in planned)
+    schemes = [plan.modules[module].scheme for module in planned]
+    fitted_to = any(scheme.needs_hessian or scheme.refines for scheme in schemes)
 
     weighted = {module: linears[module] for module in planned if plan.modules[module].scheme.needs_fisher}
     squares = fisher.Squares([], 0.0)
@@ -148,10 +149,12 @@ class _Models:
         for model in self._all:
             model.open(block)
 
-    def close(self, block: str, attentions: Iterable[str]) -> dict[str, Largest]:
-        """Returns what the attention modules of the compressed model cached."""
+    def close_original(self, block: str) -> None:
         if self.original:
             self.original.close(block)
+
+    def close(self, block: str, attentions: Iterable[str]) -> dict[str, Largest]:
+        """Returns what the attention modules of the compressed model cached."""
         return self.blocks.close(block, attentions)
 
     def stages(self, block: str) -> list[list[str]]:
@@ -193,6 +196,7 @@ class _Block:
         self._notes: dict[str, str] = {}
         self._made: dict[str, Tensors] = {}
         self._lines: dict[str, dict[str, Any]] = {}
+        self._refined: dict[str, tuple[Tensor, Stats]] = {}  # what is to be trained: the weight, and its inputs
 
     def fit(self, tell: Tell | None = None) -> dict[str, Any]:
         """Returns what the report says of each module, and of each tensor that was changed with them; and seconds."""
@@ -223,6 +227,8 @@ class _Block:
                 if tell:
                     tell(module, self._lines[module]["output_error"])
         if block != OUTSIDE:
+            models.close_original(block)
+            self._refine()
             for path, largest in models.close(block, self._attentions).items():
                 self._keep_scales(self._attentions[path], largest)
         Fitted.save(_file(self._job, block), self._made)
@@ -320,7 +326,35 @@ class _Block:
             note = "rounded to nearest: nothing was measured at its input"
         self._made[module] = tensors | changes_stored(folding.inputs(module), folding.outputs(module))
         self._lines[module] = {"output_error": error_of_output, "note": note, **stacked}
+        if packed.scheme.refines and stats is not None:
+            self._refined[module] = weight, stats
         return decoded
+
+    def _refine(self) -> None:
+        """Trains what was made of the block together, and keeps that where the block's output gets nearer."""
+        blocks, original, block = self._blocks, self._models.original, self._block
+        if not self._refined or original is None or isinstance(blocks, Recorded):
+            return
+        schemes = {module: self._packed[module].scheme for module in self._refined}
+        layers = {
+            module: scheme.trainable(self._refined[module][0].to(blocks.device), self._made[module])
+            for module, scheme in schemes.items()
+        }
+        before = refine.error(blocks, original, block)
+        refine.train(blocks, original, block, layers, max(scheme.refines for scheme in schemes.values()))
+        made = {module: schemes[module].trained(self._made[module], layer) for module, layer in layers.items()}
+        for module, tensors in made.items():
+            blocks.set(module, schemes[module].decode(tensors))
+        after = refine.error(blocks, original, block)
+        said = f"error of the block's output {before:.4f}, refined {after:.4f}"
+        for module, (weight, stats) in self._refined.items():
+            line = self._lines[module]
+            line["note"] = "; ".join(filter(None, (line["note"], said + (", not kept" if after >= before else ""))))
+            if after < before:
+                self._made[module] |= made[module]
+                line["output_error"] = output_error(weight, schemes[module].decode(made[module]), stats)
+            else:
+                blocks.set(module, schemes[module].decode(self._made[module]))
 
     def _stacked(self, module: str, weight: Tensor, tensors: Tensors, stats: Stats | None) -> dict[str, Any]:
         """What the order of the blocks of a weight is decided by."""

@@ -94,7 +94,8 @@ def changed(squares: Tensor, outputs: Change | None) -> Tensor:
     if outputs.rotation is None:
         return squares
     size = int(outputs.rotation)
-    return squares.unflatten(0, (-1, size)).mean(1).repeat_interleave(size, 0)
+    means: Tensor = squares.unflatten(0, (-1, size)).mean(1)
+    return means.repeat_interleave(size, 0)
 
 
 def _squares(model: Backwards, step: int, samples: int) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """k-means clustering of weights (DKM [2108.12659], eDKM [2309.00964]), after training: indices into codebooks.
 
 Codebooks are the optimum of 1-D k-means, weighted by what the channels carry or by the Fisher information (SqueezeLLM
-[2306.07629]), and are then fitted to the layer's outputs together with the indices (`ganq.py`). Vectors as entries, and
-training through the clustering, are left out.
+[2306.07629]), are then fitted to the layer's outputs together with the indices (`ganq.py`), and can be trained on those
+of the block (`dkm.py`). Vectors as entries, and training the weights themselves, are left out.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from compress import codebooks, gptaq, importance, outliers
+from compress.dkm import Clusters
 from compress.formats import bitpack, cluster, datatypes
 from compress.ganq import Fit
 from compress.kernels import lookup
@@ -36,7 +37,8 @@ class Kmeans(Scheme):
     loss, one backward pass; with none, rtn needs no data.
     codebook: learned; or fixed (nf, bitmod3, bitmod4), with a scale for every `block_size` weights of a row.
     entries: int8 halves the learned ones. scale: each output channel has one. outliers: the fraction of weights that
-    are stored as they are, beside the indices. nested: compress.load(OUT, bits=3) loads any width from 2 to `bits`.
+    are stored as they are, beside the indices. refine: so many steps of training codebooks and scales on the outputs of
+    their block. nested: compress.load(OUT, bits=3) loads any width from 2 to `bits`.
     """
 
     name = "kmeans"
@@ -53,6 +55,7 @@ class Kmeans(Scheme):
     entries: Literal["float", "int8"] = "float"
     scale: bool = False
     outliers: float = 0.0
+    refine: int = 0
     nested: bool = False
 
     def __post_init__(self) -> None:
@@ -68,12 +71,16 @@ class Kmeans(Scheme):
                 raise ValueError(f"{self.name}: {option} is {getattr(self, option)}; give 1 or more, for example 16")
         if not 0 <= self.outliers <= 0.5:
             raise ValueError(f"{self.name}: outliers is {self.outliers}; give a fraction from 0 to 0.5")
+        if self.refine < 0 or (self.refine and (self.codebook != "learned" or self.nested or self.outliers)):
+            raise ValueError(
+                f"{self.name}: refine is {self.refine}; give 0, or steps for codebook=learned, no outliers, not nested"
+            )
         if self.codebook != "learned" and (self.nested or self.scale or self.entries == "int8"):
             raise ValueError(f"{self.name}: nested, scale and entries are for codebook=learned, not {self.codebook}")
 
     @property
     def needs_calibration(self) -> bool:
-        return self.needs_hessian or self.sensitivity != "none"
+        return self.needs_hessian or self.sensitivity != "none" or self.refine > 0
 
     @property
     def needs_hessian(self) -> bool:
@@ -82,6 +89,10 @@ class Kmeans(Scheme):
     @property
     def needs_fisher(self) -> bool:
         return self.sensitivity == "fisher"
+
+    @property
+    def refines(self) -> int:
+        return self.refine
 
     @property
     def recodes(self) -> bool:
@@ -171,6 +182,20 @@ class Kmeans(Scheme):
             raise ValueError(f"{self.name}: {options} cannot be chosen at loading; bits=2 to {self.bits} can if nested")
         narrower = {"indices": tensors["indices"][:bits], "codebook": tensors["codebook"][:, : 2 ** (bits + 1) - 4]}
         return replace(self, bits=bits), {**tensors, **narrower}
+
+    def trainable(self, weight: Tensor, tensors: Tensors) -> Clusters:
+        codes, device = bitpack.unpack(tensors["indices"], self.bits, weight.shape[1]).to(weight.device), weight.device
+        scale = tensors["scale"].float().to(device) if self.scale else None
+        levels = codebooks.entries(tensors, self.bits).to(device)
+        return Clusters(weight.float(), codes, levels, self._rows(len(weight)), scale)
+
+    def trained(self, tensors: Tensors, trainable: Clusters) -> Tensors:
+        levels = trainable.levels.detach().sort(dim=1).values.cpu()
+        made = {**tensors, **codebooks.store(levels, tensors["like"].dtype, self.entries == "int8")}
+        if trainable.scale is not None:
+            made["scale"] = codebooks.positive(trainable.scale.detach().cpu(), tensors["like"].dtype)
+        made["indices"] = bitpack.pack(trainable.codes(codebooks.entries(made, self.bits)).cpu(), self.bits)
+        return made
 
     def _rows(self, rows: int) -> int:
         """How many share a codebook."""

@@ -124,6 +124,8 @@ def _saved(prepared: Prepared, options: Options, out: Path) -> Statistics | None
     check_place(path, out, partial_of(out), prepared.path)
     if not prepared.plan.needs_calibration:
         raise ValueError(f"scheme {prepared.scheme.name} uses no calibration data as it is; leave out --stats")
+    if any(packed.scheme.refines for packed in prepared.plan.modules.values()):
+        raise ValueError("refine: runs the blocks that are compressed, and --stats is there to run none; leave one out")
     return Statistics(path) if os.path.lexists(path) else None
 
 

@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from torch import Tensor
 from compress.fold import Kind
 from compress.kernels.prepared import Prepared
 from compress.stats import Stats
+
+if TYPE_CHECKING:
+    from compress.refine import Trainable
 
 Tensors = dict[str, Tensor]
 TEXT_BYTES = 4096  # more no `Spec` takes along
@@ -93,6 +96,19 @@ class Scheme(ABC):
     def needs_ranges(self) -> bool:
         """Whether `encode` needs stats, of any layer like it: it stores how large inputs are."""
         return False
+
+    @property
+    def refines(self) -> int:
+        """Steps for which what it stores is trained on the outputs of a block (`refine.py`)."""
+        return 0
+
+    def trainable(self, weight: Tensor, tensors: Tensors) -> Trainable:
+        """Where it `refines`. weight: (out_features, in_features), of which `encode` has made the tensors."""
+        raise NotImplementedError
+
+    def trained(self, tensors: Tensors, trainable: Any) -> Tensors:
+        """The tensors to store, of what `trainable` made of these."""
+        raise NotImplementedError
 
     @property
     def folds(self) -> frozenset[Kind]:
