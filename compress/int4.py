@@ -17,7 +17,8 @@ from torch import Tensor
 from compress import descent, gptaq, gptq, rtn
 from compress.fold import Kind
 from compress.formats import bitpack
-from compress.kernels import decode
+from compress.kernels import cpu, decode
+from compress.kernels.cpu import Product
 from compress.scheme import Scheme, Spec, Tensors
 from compress.stats import Stats
 
@@ -120,11 +121,19 @@ class Int4(Scheme):
 
     def decode(self, tensors: Tensors) -> Tensor:
         packed, scales = tensors["weight_packed"], tensors["weight_scale"]
-        rows, groups = scales.shape
-        zeros = None
-        if not self.symmetric:
-            zeros = bitpack.unpack(tensors["weight_zero_point"].T.contiguous(), self.bits, rows).T
-        return decode.groups(packed, scales, zeros, self.bits, self.group_size)
+        return decode.groups(packed, scales, self._zeros(tensors), self.bits, self.group_size)
+
+    def product(self, tensors: Tensors) -> Product | None:
+        packed, scales = tensors["weight_packed"], tensors["weight_scale"]
+        columns = scales.shape[1] * self.group_size
+        return cpu.integers(packed, scales, self._zeros(tensors), self.bits, self.group_size, columns)
+
+    def _zeros(self, tensors: Tensors) -> Tensor | None:
+        """(out_features, groups) uint8."""
+        if self.symmetric:
+            return None
+        rows = len(tensors["weight_scale"])
+        return bitpack.unpack(tensors["weight_zero_point"].T.contiguous(), self.bits, rows).T
 
     @property
     def interchange(self) -> dict[str, Any]:

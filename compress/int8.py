@@ -16,6 +16,7 @@ from compress.activations import Activations, form, input_scale
 from compress.fold import Kind
 from compress.int4 import Int4
 from compress.kernels import activations as kernels
+from compress.kernels.cpu import Product
 from compress.scheme import Spec, Tensors
 from compress.stats import Stats
 
@@ -90,6 +91,9 @@ class Int8(Int4):
         if not self._quantizes:
             return super().decode(tensors)
         return tensors["weight"].to(tensors["weight_scale"].dtype) * tensors["weight_scale"]
+
+    def product(self, tensors: Tensors) -> Product | None:
+        return None if self._quantizes else super().product(tensors)
 
     def linear(self, x: Tensor, tensors: Tensors, bias: Tensor | None = None) -> Tensor:
         if self._quantizes:
