@@ -17,7 +17,8 @@ from torch import Tensor
 
 from compress.formats import float4, float8
 from compress.formats.float4 import E8M0
-from compress.kernels import decode
+from compress.kernels import cpu, decode
+from compress.kernels.cpu import Product
 from compress.microscaling import E2M1, E4M3, Microscaling, search
 from compress.scheme import Spec, Tensors
 from compress.stats import Stats
@@ -92,6 +93,10 @@ class Mxfp4(_Mx):
     def decode(self, tensors: Tensors) -> Tensor:
         scales = _scales(tensors["weight_scale"])
         return decode.e2m1(tensors["weight_packed"], scales, self.block, self.torch_dtype)
+
+    def product(self, tensors: Tensors) -> Product | None:
+        packed, exponents = tensors["weight_packed"], tensors["weight_scale"]
+        return cpu.tables(packed, exponents, float4.E2M1[None], self.block, (len(packed), 2 * packed.shape[1]))
 
     @property
     def interchange(self) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from torch import Tensor
 from compress.formats import float4, float8
 from compress.formats.float4 import E2M1_MAX
 from compress.formats.float8 import E4M3_MAX
-from compress.kernels import decode
+from compress.kernels import cpu, decode
+from compress.kernels.cpu import Product
 from compress.microscaling import E2M1, Microscaling, search
 from compress.scheme import Spec, Tensors
 from compress.stats import Stats
@@ -78,6 +79,11 @@ class Nvfp4(Microscaling):
     def decode(self, tensors: Tensors) -> Tensor:
         scales = tensors["weight_scale"].float() / tensors["weight_global_scale"]
         return decode.e2m1(tensors["weight_packed"], scales, self.block, self.torch_dtype)
+
+    def product(self, tensors: Tensors) -> Product | None:
+        packed, scales = tensors["weight_packed"], tensors["weight_scale"]
+        factor, shape = 1 / float(tensors["weight_global_scale"]), (len(packed), 2 * packed.shape[1])
+        return cpu.tables(packed, scales, float4.E2M1[None], self.block, shape, factor=factor)
 
     @property
     def interchange(self) -> dict[str, Any]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.kernels import cpu_integers, measured
+from compress.kernels import cpu_codes, measured
 
 FEW = 4  # tokens, for which reading a weight is what takes time: a decoded one is larger, and is written and read
 LEAST = 1 << 16  # weights: of fewer, calling a compiled product takes longer than it
@@ -60,13 +61,15 @@ class Prepared(dict[str, Tensor]):
         self.product = product
 
 
-def multiply(x: Tensor, tensors: dict[str, Tensor], bias: Tensor | None, decode: Callable[[], Tensor]) -> Tensor | None:
-    """x @ W.T + bias where `tensors` are `Prepared` and that is faster than with decode(); None elsewhere."""
-    if not isinstance(tensors, Prepared) or x.device.type != "cpu" or x.dtype not in _DTYPES:
+def multiply(x: Tensor, tensors: Any, bias: Tensor | None, decode: Callable[[], Tensor]) -> Tensor | None:
+    """x @ W.T + bias where `tensors` have a `product` and that is faster than with decode(); None elsewhere."""
+    product = getattr(tensors, "product", None)
+    if product is None or x.device.type != "cpu" or x.dtype not in _DTYPES:
         return None
     if torch.is_grad_enabled() and x.requires_grad:  # compiled products have no backward pass
         return None
-    return tensors.product.linear(x, bias, decode)
+    y: Tensor | None = product.linear(x, bias, decode)
+    return y
 
 
 def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -93,18 +96,66 @@ _AT_ONCE = 1 << 21  # weights that are in float32 at a time: they stay in the ca
 def integers(
     packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, columns: int, power: int = 0
 ) -> Product | None:
-    """For weights (code - zero) * scale, as `cpu_integers.linear` takes them; None where it does not."""
-    if packed.device.type != "cpu" or (scales.shape[1] > 1 and cpu_integers.unit(bits, group_size) is None):
+    """For weights (code - zero) * scale, as `cpu_codes.integers` takes them; None where it does not."""
+    if packed.device.type != "cpu" or (scales.shape[1] > 1 and cpu_codes.integer_unit(bits, group_size) is None):
         return None
-    if scales.dtype == torch.float16:
-        scales = scales.float()
-    sound = (scales < 255).all() & (scales > power) if scales.dtype == torch.uint8 else scales.isfinite()
-    if not scales.numel() or not bool(sound.all()):
+    scales = scales.float() if scales.dtype == torch.float16 else scales
+    if not _sound(scales, power):
         return None
     codes = packed.contiguous().view(torch.uint8)
 
     def run(x: Tensor) -> Tensor | None:
-        return cpu_integers.linear(x, codes, scales, zeros, bits, group_size, power)
+        return cpu_codes.integers(x, codes, scales, zeros, bits, group_size, power)
 
     layout = f"{bits}-bit integers in groups of {min(group_size, 128)}" + (" with zeros" if zeros is not None else "")
     return Product(layout, (len(packed), columns), run)
+
+
+def tables(
+    packed: Tensor,
+    scales: Tensor | None,
+    levels: Tensor,
+    group_size: int,
+    shape: tuple[int, int],
+    rows: int = 0,
+    high_first: bool = False,
+    factor: float = 1.0,
+) -> Product | None:
+    """For weights level[code] * scale * factor of 4 bits, as `cpu_codes.tables` takes them; None where it does not.
+
+    levels: (n, 16) floats, each for `rows` rows, 0 for all. scales: (shape[0], groups), or None for 1. They are stored
+    as 16-bit integers, in units of a power of two: off by less than 2**-15 of the largest.
+    """
+    single = scales is None or scales.shape[1] == 1
+    if packed.device.type != "cpu" or cpu_codes.table_unit(cpu_codes.TABLE_GROUP if single else group_size) is None:
+        return None
+    levels = levels.float()
+    largest = levels.abs().amax(1, keepdim=True)
+    if not bool(largest.isfinite().all()) or (scales is not None and not _sound(scales, 0)):
+        return None
+    units = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 15)
+    books = (levels / units).round().clamp(-32768, 32767).to(torch.int16).view(torch.uint8).view(-1, 16, 2)
+    books = books.transpose(1, 2).reshape(-1, 32).contiguous()
+    rows = rows or shape[0]
+    share = (rows, rows) if scales is None else (1, rows)
+    if scales is None:
+        scales = units
+    else:
+        factor *= float(units[0])
+    steps = scales.float() if scales.dtype == torch.float16 else scales
+    codes = packed.contiguous().view(torch.uint8).view(shape[0], -1)
+
+    def run(x: Tensor) -> Tensor | None:
+        y = cpu_codes.tables(x, codes, steps, books, share, group_size, high_first)
+        return y if y is None or factor == 1 else y.mul_(factor)
+
+    return Product(f"tables of 16 in groups of {16 if group_size == 16 else 32}", shape, run)
+
+
+def _sound(scales: Tensor, power: int) -> bool:
+    """Whether there are scales, and all of them numbers that the kernels read as they are meant."""
+    if scales.dtype == torch.uint8:
+        return bool(scales.numel() and ((scales < 255) & (scales > power)).all())
+    if scales.dtype == torch.float8_e4m3fn:
+        return bool(scales.numel() and (scales.view(torch.uint8) < 0x7F).all())
+    return bool(scales.numel() and scales.isfinite().all())

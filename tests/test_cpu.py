@@ -31,6 +31,13 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("int4", {"bits": 3, "group_size": 128, "symmetric": False, "method": "rtn"}),
     ("int8", {"group_size": 4096}),
     *(("bfp", {"mantissa_bits": bits, "method": "rtn"}) for bits in (3, 4)),
+    *(("kmeans", {"method": "rtn", "granularity": g}) for g in ("channel", "tensor", "group")),
+    ("kmeans", {"method": "rtn", "scale": True, "entries": "int8"}),
+    ("kmeans", {"method": "rtn", "codebook": "nf", "block_size": 32}),
+    ("nf4", {"block_size": 32}),
+    ("nf4", {"block_size": 32, "double_quant": True}),
+    ("mxfp4", {"method": "rtn"}),
+    ("nvfp4", {"method": "rtn"}),
 ]
 
 
@@ -60,7 +67,7 @@ def test_a_product_is_that_of_the_decoded_weight(case: tuple[str, dict[str, Any]
         scheme, tensors = stored(case[0], shape, torch.float32, **case[1])
         x, bias = gaussian(tokens, shape[1], dtype=torch.float32), gaussian(shape[0], dtype=torch.float32)
         prepared = scheme.prepare(tensors)
-        assert isinstance(prepared, Prepared)
+        assert prepared.product is not None
         wanted = F.linear(x.double(), scheme.decode(tensors).double(), bias.double())
         assert error(scheme.linear(x, prepared, bias), wanted) < BOUND
 
@@ -176,10 +183,10 @@ def test_groups_that_no_vector_takes_are_decoded() -> None:
 def test_a_processor_without_long_vectors_gives_the_same() -> None:
     """The loop is compiled for a processor that has nothing but what every one of its kind has."""
     script = (
-        "import torch; from compress.formats.bitpack import pack; from compress.kernels import cpu_integers, simd\n"
+        "import torch; from compress.formats.bitpack import pack; from compress.kernels import cpu_codes, simd\n"
         "assert 'avx2' not in simd.features()\n"
         "codes = torch.randint(0, 16, (19, 96), dtype=torch.uint8); scales, x = torch.rand(19, 3), torch.randn(1, 96)\n"
-        "found = cpu_integers.linear(x, pack(codes, 4).view(torch.uint8), scales, None, 4, 32)\n"
+        "found = cpu_codes.integers(x, pack(codes, 4).view(torch.uint8), scales, None, 4, 32)\n"
         "wanted = x.double() @ ((codes.double() - 8) * scales.double().repeat_interleave(32, 1)).T\n"
         f"assert (found - wanted).norm() < {BOUND} * wanted.norm()"
     )
