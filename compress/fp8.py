@@ -17,7 +17,8 @@ from torch import Tensor
 from compress.activations import Activations, form, input_scale
 from compress.formats import float8
 from compress.kernels import activations as kernels
-from compress.kernels import decode
+from compress.kernels import cpu, decode
+from compress.kernels.cpu import Product
 from compress.scheme import Scheme, Spec, Tensors
 from compress.stats import Stats
 
@@ -78,11 +79,16 @@ class Fp8(Scheme):
         }
 
     def decode(self, tensors: Tensors) -> Tensor:
-        weight, scales = tensors["weight"], tensors["weight_scale"]
-        block = self._block((weight.shape[0], weight.shape[1]))
-        return decode.e4m3(
-            weight, scales.reshape(-(-weight.shape[0] // block[0]), -(-weight.shape[1] // block[1])), block
-        )
+        return decode.e4m3(tensors["weight"], *self._scales(tensors))
+
+    def product(self, tensors: Tensors) -> Product | None:
+        return cpu.e4m3(tensors["weight"], *self._scales(tensors))
+
+    def _scales(self, tensors: Tensors) -> tuple[Tensor, tuple[int, int]]:
+        """One for each block, and rows and columns of a block."""
+        (rows, width), scales = tensors["weight"].shape, tensors["weight_scale"]
+        block = self._block((rows, width))
+        return scales.reshape(-(-rows // block[0]), -(-width // block[1])), block
 
     def linear(self, x: Tensor, tensors: Tensors, bias: Tensor | None = None) -> Tensor:
         if self.activations != "none":

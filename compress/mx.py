@@ -131,6 +131,9 @@ class Mxfp8(_Mx):
     def decode(self, tensors: Tensors) -> Tensor:
         return decode.e4m3(tensors["weight"], _scales(tensors["weight_scale"]), (1, self.block), self.torch_dtype)
 
+    def product(self, tensors: Tensors) -> Product | None:
+        return cpu.e4m3(tensors["weight"], tensors["weight_scale"], (1, self.block))
+
     @property
     def interchange(self) -> dict[str, Any]:
         return self._interchange(8, "mxfp8-quantized")

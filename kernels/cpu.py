@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.kernels import cpu_codes, measured
+from compress.formats import fixed
+from compress.kernels import cpu_codes, cpu_floats, measured
 
 FEW = 4  # tokens, for which reading a weight is what takes time: a decoded one is larger, and is written and read
 LEAST = 1 << 16  # weights: of fewer, calling a compiled product takes longer than it
@@ -150,6 +151,45 @@ def tables(
         return y if y is None or factor == 1 else y.mul_(factor)
 
     return Product(f"tables of 16 in groups of {16 if group_size == 16 else 32}", shape, run)
+
+
+def e4m3(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Product | None:
+    """For weights code * scale; None where `cpu_floats.e4m3` does not take them.
+
+    codes: (rows, columns) float8_e4m3fn. scales: (m, n) floats, or uint8 e for 2**(e - 127), each for a block of rows x
+    columns.
+    """
+    across = scales.shape[1] > 1
+    if codes.device.type != "cpu" or not cpu_floats.can_run(block[1] if across else 32):
+        return None
+    stored = codes.view(torch.uint8)
+    if not _sound(scales, 0) or bool(((stored & 0x7F) == 0x7F).any()):  # NaN, which the kernel takes for 480
+        return None
+    steps = scales if scales.dtype == torch.uint8 else scales.float()
+    whole = None if across else steps.repeat_interleave(block[0], 0)[: len(codes), 0]
+
+    def run(x: Tensor) -> Tensor:
+        y = cpu_floats.e4m3(x, stored, steps if across else None, block[1], block[0])
+        return y if whole is None else y.mul_(whole)
+
+    return Product(f"E4M3 in groups of {min(block[1], 128) if across else 128}", (len(codes), codes.shape[1]), run)
+
+
+def fixed_words(tensors: dict[str, Tensor], shape: tuple[int, int]) -> Product | None:
+    """For bfloat16 in fixed-length codes as `compress.df11` stores it; None on other devices and for damaged codes."""
+    codes, counts, escapes, rest = (tensors[name] for name in ("codes", "escape_counts", "escapes", "sign_mantissa"))
+    if codes.device.type != "cpu":
+        return None
+    before = F.pad(counts.int().cumsum(0), (1, 0))
+    if int(before[-1]) != escapes.numel():
+        return None  # decoding says what is wrong
+    starts = before[torch.arange(shape[0]) * shape[1] // fixed.BLOCK]
+    base = int(tensors["base"][0])
+
+    def run(x: Tensor) -> Tensor:
+        return cpu_floats.fixed_words(x, base, codes, counts, starts, escapes, rest)
+
+    return Product("bfloat16 in fixed codes", shape, run)
 
 
 def _sound(scales: Tensor, power: int) -> bool:

@@ -147,10 +147,9 @@ class _Row:
 
     def _tables(self) -> list[Any]:
         """The lower and the higher bytes of a row's table, for each 16 lanes."""
-        parts = [
-            load(self.builder, self.others, vector(i8, 16), self.builder.add(self.other, integer(i))) for i in (0, 16)
-        ]
-        return [simd.shuffle(self.builder, part, list(range(16)) * (self.layout.lanes // 8)) for part in parts]
+        builder, order = self.builder, list(range(16)) * (self.layout.lanes // 8)
+        parts = [load(builder, self.others, vector(i8, 16), builder.add(self.other, integer(i))) for i in (0, 16)]
+        return [simd.shuffle(builder, part, order) for part in parts]
 
     def _looked_up(self, unit: Any) -> list[Any]:
         """What the 4-bit codes of a unit stand for: of the low nibbles the bytes 0..7 and 8..15 of each 16, then of

@@ -37,6 +37,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("nf4", {"block_size": 32}),
     ("nf4", {"block_size": 32, "double_quant": True}),
     ("mxfp4", {"method": "rtn"}),
+    ("mxfp8", {"method": "rtn"}),
+    *(("fp8", {"granularity": granularity}) for granularity in ("channel", "tensor", "block")),
     ("nvfp4", {"method": "rtn"}),
 ]
 
@@ -70,6 +72,18 @@ def test_a_product_is_that_of_the_decoded_weight(case: tuple[str, dict[str, Any]
         assert prepared.product is not None
         wanted = F.linear(x.double(), scheme.decode(tensors).double(), bias.double())
         assert error(scheme.linear(x, prepared, bias), wanted) < BOUND
+
+
+@pytest.mark.parametrize("shape", [(9, 512), (35, 416), (7, 1003)])
+def test_fixed_codes_lose_nothing_but_the_order_of_the_sums(shape: tuple[int, int]) -> None:
+    weight = gaussian(*shape) * 0.02
+    weight[2, 5], weight[-1, -1] = 1e4, 3e-9  # escapes
+    scheme = make("df11", {"coding": "fixed"})
+    prepared = scheme.prepare(scheme.encode(weight))
+    for tokens in (1, 6):
+        x = gaussian(tokens, shape[1], dtype=torch.float32)
+        wanted = F.linear(x.double(), weight.double())
+        assert prepared.product is not None and error(scheme.linear(x, prepared), wanted) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
