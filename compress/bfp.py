@@ -20,7 +20,8 @@ from compress.fold import Kind
 from compress.formats import bfp
 from compress.formats.bfp import Format
 from compress.kernels import bfp as kernels
-from compress.kernels import decode
+from compress.kernels import cpu, decode
+from compress.kernels.cpu import Product
 from compress.microscaling import Element, compensate_on, search
 from compress.scheme import Scheme, Spec, Tensors
 from compress.stats import Stats
@@ -113,6 +114,10 @@ class Bfp(Scheme):
         like = tensors["like"]
         form = self._format(like.dtype)
         return decode.bfp(tensors["mantissa"], tensors["exponent"], form, like.shape[2])
+
+    def product(self, tensors: Tensors) -> Product | None:
+        mantissas, exponents, bits = tensors["mantissa"], tensors["exponent"], self.mantissa_bits
+        return cpu.integers(mantissas, exponents, None, bits, self.block_size, tensors["like"].shape[2], bits - 2)
 
     def rows(self, tensors: Tensors, index: Tensor) -> Tensor:
         flat = index.flatten()

@@ -19,7 +19,9 @@ from torch import Tensor
 from compress.formats import fixed, huffman
 from compress.formats.compiled import empty
 from compress.formats.words import WIDTHS, join, split
+from compress.kernels import cpu
 from compress.kernels import df11 as kernels
+from compress.kernels.cpu import Product
 from compress.scheme import Scheme, Spec, Tensors
 from compress.stats import Stats
 
@@ -127,7 +129,15 @@ class Df11(Scheme):
 
     def prepare(self, tensors: Tensors) -> Any:
         coded = None if "weight" in tensors else kernels.on_gpu(tensors)
-        return tensors if coded is None else _Prepared(_original(tensors), coded, tensors.get("low"))
+        if coded is None:
+            return super().prepare(tensors)
+        return _Prepared(_original(tensors), coded, tensors.get("low"))
+
+    def product(self, tensors: Tensors) -> Product | None:
+        if "base" not in tensors or "like" in tensors or tensors["sign_mantissa"].dim() != 2:
+            return None
+        rows, columns = tensors["sign_mantissa"].shape
+        return cpu.fixed_words(tensors, (rows, columns))
 
     def linear(self, x: Tensor, tensors: Any, bias: Tensor | None = None) -> Tensor:
         """tensors: as stored, or as `prepare` returns them: then without a decoded weight where coding=fixed."""

@@ -17,7 +17,8 @@ from torch import Tensor
 from compress.activations import Activations, form, input_scale
 from compress.formats import float8
 from compress.kernels import activations as kernels
-from compress.kernels import decode, groups
+from compress.kernels import cpu, decode, groups
+from compress.kernels.cpu import Product
 from compress.scheme import Scheme, Spec, Tensors
 from compress.stats import Stats
 
@@ -84,11 +85,14 @@ class Fp8(Scheme):
         scales, block = self._blocks(tensors)
         return decode.e4m3(tensors["weight"], scales, block)
 
+    def product(self, tensors: Tensors) -> Product | None:
+        return cpu.e4m3(tensors["weight"], *self._blocks(tensors))
+
     def prepare(self, tensors: Tensors) -> Any:
         weight, (scales, block) = tensors["weight"], self._blocks(tensors)
         shape, kind = (weight.shape[0], weight.shape[1]), {"form": "e4m3"}
         found = groups.on_gpu(weight, scales, shape, 8, block, scales.dtype, **kind)
-        return found and replace(found, input_scale=tensors.get("input_scale")) or tensors
+        return found and replace(found, input_scale=tensors.get("input_scale")) or super().prepare(tensors)
 
     def _blocks(self, tensors: Tensors) -> tuple[Tensor, tuple[int, int]]:
         """The scales as (m, n), and the rows and columns that each is for."""

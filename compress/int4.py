@@ -17,7 +17,8 @@ from torch import Tensor
 from compress import descent, gptaq, gptq, rtn
 from compress.fold import Kind
 from compress.formats import bitpack
-from compress.kernels import decode, groups
+from compress.kernels import cpu, decode, groups
+from compress.kernels.cpu import Product
 from compress.scheme import Scheme, Spec, Tensors
 from compress.stats import Stats
 
@@ -129,7 +130,13 @@ class Int4(Scheme):
         packed, scales = tensors["weight_packed"], tensors["weight_scale"]
         shape, zeros = (len(scales), scales.shape[1] * self.group_size), self._zeros(tensors)
         block = (1, self.group_size)
-        return groups.on_gpu(packed, scales, shape, self.bits, block, scales.dtype, zeros=zeros) or tensors
+        found = groups.on_gpu(packed, scales, shape, self.bits, block, scales.dtype, zeros=zeros)
+        return found or super().prepare(tensors)
+
+    def product(self, tensors: Tensors) -> Product | None:
+        packed, scales = tensors["weight_packed"], tensors["weight_scale"]
+        columns = scales.shape[1] * self.group_size
+        return cpu.integers(packed, scales, self._zeros(tensors), self.bits, self.group_size, columns)
 
     def _zeros(self, tensors: Tensors) -> Tensor | None:
         """(out_features, groups) uint8."""

@@ -17,6 +17,7 @@ from compress.fold import Kind
 from compress.int4 import Int4
 from compress.kernels import activations as kernels
 from compress.kernels import groups
+from compress.kernels.cpu import Product
 from compress.scheme import Spec, Tensors
 from compress.stats import Stats
 
@@ -100,7 +101,10 @@ class Int8(Int4):
         weight, scales = tensors["weight"], tensors["weight_scale"]
         shape, kind = (weight.shape[0], weight.shape[1]), {"form": "signed"}
         found = groups.on_gpu(weight, scales, shape, 8, (1, max(1, shape[1])), scales.dtype, **kind)
-        return found and replace(found, input_scale=tensors.get("input_scale")) or tensors
+        return found and replace(found, input_scale=tensors.get("input_scale")) or super().prepare(tensors)
+
+    def product(self, tensors: Tensors) -> Product | None:
+        return None if self._quantizes else super().product(tensors)
 
     def linear(self, x: Tensor, tensors: Any, bias: Tensor | None = None) -> Tensor:
         if self._quantizes:

@@ -18,7 +18,8 @@ from compress import codebooks, gptaq, importance, outliers
 from compress.dkm import Clusters
 from compress.formats import bitpack, cluster, datatypes
 from compress.ganq import Fit
-from compress.kernels import lookup
+from compress.kernels import cpu, lookup
+from compress.kernels.cpu import Product
 from compress.scheme import Scheme, Spec, Tensors
 from compress.stats import Stats
 
@@ -160,11 +161,23 @@ class Kmeans(Scheme):
         if self.codebook == "learned":
             levels, rows, columns = self._levels(tensors, *shape)
             tables = codebooks.cast(levels[:, 0], like.dtype)
-            return lookup.on_gpu(tensors["indices"], tables, shape, rows, columns, like.dtype) or tensors
+            found = lookup.on_gpu(tensors["indices"], tables, shape, rows, columns, like.dtype)
+            return found or super().prepare(tensors)
         tables = datatypes.levels(self.codebook, self.bits).to(like.device)
         blocks = {"scales": tensors["scale"], "selector": codebooks.selectors(tensors)}
         found = lookup.on_gpu(tensors["indices"], tables, shape, 1, self.block_size, like.dtype, **blocks)
-        return found or tensors
+        return found or super().prepare(tensors)
+
+    def product(self, tensors: Tensors) -> Product | None:
+        if self.bits != 4 or self.nested or self.codebook not in ("learned", "nf"):
+            return None
+        like, indices = tensors["like"], tensors["indices"]
+        shape = (like.shape[1], like.shape[2])
+        if self.codebook == "nf":
+            levels = datatypes.levels(self.codebook, self.bits)
+            return cpu.tables(indices, tensors["scale"], levels, self.block_size, shape)
+        books, rows, _ = self._levels(tensors, *shape)
+        return cpu.tables(indices, None, codebooks.cast(books[:, 0], like.dtype), shape[1], shape, rows)
 
     def linear(self, x: Tensor, tensors: Any, bias: Tensor | None = None) -> Tensor:
         """tensors: as stored, or as `prepare` returns them: then without a decoded weight for a few tokens."""

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from compress.formats import float4, float8
 from compress.formats.float4 import E8M0
-from compress.kernels import decode, groups
+from compress.kernels import cpu, decode, groups
+from compress.kernels.cpu import Product
 from compress.microscaling import E2M1, E4M3, Microscaling, search
 from compress.scheme import Spec, Tensors
 from compress.stats import Stats
@@ -99,7 +100,13 @@ class Mxfp4(_Mx):
     def prepare(self, tensors: Tensors) -> Any:
         packed, scales = tensors["weight_packed"], tensors["weight_scale"]
         shape, kind = (packed.shape[0], 2 * packed.shape[1]), {"form": "e2m1"}
-        return groups.on_gpu(packed, scales, shape, 4, (1, self.block), self.torch_dtype, **kind) or tensors
+        return groups.on_gpu(packed, scales, shape, 4, (1, self.block), self.torch_dtype, **kind) or super().prepare(
+            tensors
+        )
+
+    def product(self, tensors: Tensors) -> Product | None:
+        packed, exponents = tensors["weight_packed"], tensors["weight_scale"]
+        return cpu.tables(packed, exponents, float4.E2M1[None], self.block, (len(packed), 2 * packed.shape[1]))
 
     @property
     def interchange(self) -> dict[str, Any]:
@@ -140,7 +147,12 @@ class Mxfp8(_Mx):
     def prepare(self, tensors: Tensors) -> Any:
         weight, kind = tensors["weight"], {"form": "e4m3"}
         shape, block = (weight.shape[0], weight.shape[1]), (1, self.block)
-        return groups.on_gpu(weight, tensors["weight_scale"], shape, 8, block, self.torch_dtype, **kind) or tensors
+        return groups.on_gpu(
+            weight, tensors["weight_scale"], shape, 8, block, self.torch_dtype, **kind
+        ) or super().prepare(tensors)
+
+    def product(self, tensors: Tensors) -> Product | None:
+        return cpu.e4m3(tensors["weight"], tensors["weight_scale"], (1, self.block))
 
     @property
     def interchange(self) -> dict[str, Any]:

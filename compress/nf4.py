@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from compress.formats import nf4
+from compress.kernels import cpu
+from compress.kernels.cpu import Product
 from compress.kernels.nf4 import decode
 from compress.scheme import Scheme, Spec, Tensors
 from compress.stats import Stats
@@ -79,17 +81,21 @@ class Nf4(Scheme):
         return {**tensors, "quant_state": torch.frombuffer(bytearray(state), dtype=torch.uint8)}
 
     def prepare(self, tensors: Tensors) -> Any:
-        return _Prepared(tensors, State.unpack(Spec.of("quant_state", tensors["quant_state"]).text or b""))
+        state = State.unpack(Spec.of("quant_state", tensors["quant_state"]).text or b"")
+        rows, columns = state.shape
+        product = None
+        if columns % state.block_size == 0:  # otherwise blocks go on from one row to the next
+            scales = _absmax(tensors, state).view(rows, -1)
+            levels = tensors["quant_map"][None]
+            product = cpu.tables(tensors["weight"], scales, levels, state.block_size, (rows, columns), high_first=True)
+        return _Prepared(tensors, state, product)
 
     def decode(self, tensors: Any) -> Tensor:
         """tensors: as stored, or as `prepare` returns them."""
         if not isinstance(tensors, _Prepared):
             return self.decode(self.prepare(tensors))
         stored, state = tensors.tensors, tensors.state
-        absmax = stored["absmax"]
-        if state.offset is not None:
-            levels, nested = stored["nested_quant_map"], stored["nested_absmax"]
-            absmax = levels[absmax.int()] * nested.repeat_interleave(nf4.NESTED_BLOCK)[: absmax.numel()] + state.offset
+        absmax = _absmax(stored, state)
         return decode(stored["weight"], absmax, stored["quant_map"], state.block_size, state.shape, state.dtype)
 
     @property
@@ -148,3 +154,13 @@ class State:
 class _Prepared:
     tensors: Tensors
     state: State
+    product: Product | None
+
+
+def _absmax(tensors: Tensors, state: State) -> Tensor:
+    """Of each block, float32."""
+    absmax = tensors["absmax"]
+    if state.offset is None:
+        return absmax
+    levels, nested = tensors["nested_quant_map"], tensors["nested_absmax"]
+    return levels[absmax.int()] * nested.repeat_interleave(nf4.NESTED_BLOCK)[: absmax.numel()] + state.offset

@@ -18,7 +18,8 @@ from torch import Tensor
 from compress.formats import float4, float8
 from compress.formats.float4 import E2M1_MAX
 from compress.formats.float8 import E4M3_MAX
-from compress.kernels import decode, groups
+from compress.kernels import cpu, decode, groups
+from compress.kernels.cpu import Product
 from compress.microscaling import E2M1, Microscaling, search
 from compress.scheme import Spec, Tensors
 from compress.stats import Stats
@@ -78,10 +79,11 @@ class Nvfp4(Microscaling):
     def prepare(self, tensors: Tensors) -> Any:
         packed, scales = tensors["weight_packed"], tensors["weight_scale"]
         if not groups.runs_on(packed.device):
-            return tensors
+            return super().prepare(tensors)
         shape, divisor = (packed.shape[0], 2 * packed.shape[1]), float(tensors["weight_global_scale"])
         kind = {"form": "e2m1", "divisor": divisor}
-        return groups.on_gpu(packed, scales, shape, 4, (1, self.block), self.torch_dtype, **kind) or tensors
+        found = groups.on_gpu(packed, scales, shape, 4, (1, self.block), self.torch_dtype, **kind)
+        return found or super().prepare(tensors)
 
     def decode(self, tensors: Any) -> Tensor:
         """tensors: as stored, or as `prepare` returns them."""
@@ -89,6 +91,11 @@ class Nvfp4(Microscaling):
             return tensors.decode()
         scales = tensors["weight_scale"].float() / tensors["weight_global_scale"]
         return decode.e2m1(tensors["weight_packed"], scales, self.block, self.torch_dtype)
+
+    def product(self, tensors: Tensors) -> Product | None:
+        packed, scales = tensors["weight_packed"], tensors["weight_scale"]
+        factor, shape = 1 / float(tensors["weight_global_scale"]), (len(packed), 2 * packed.shape[1])
+        return cpu.tables(packed, scales, float4.E2M1[None], self.block, shape, factor=factor)
 
     @property
     def interchange(self) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from compress.fold import Kind
+from compress.kernels import cpu
+from compress.kernels.cpu import Product
 from compress.kernels.prepared import Prepared
 from compress.stats import Stats
 
@@ -157,7 +158,12 @@ class Scheme(ABC):
     def prepare(self, tensors: Tensors) -> Any:
         """What `decode`, `rows` and `linear` run on for many calls, on the device of `tensors`: these, unless kernels
         there want them laid out otherwise."""
-        return tensors
+        product = self.product(tensors)
+        return tensors if product is None else cpu.Prepared(tensors, product)
+
+    def product(self, tensors: Tensors) -> Product | None:
+        """What multiplies with these tensors, where they are on the CPU and a compiled loop does it undecoded."""
+        return None
 
     @property
     def recodes(self) -> bool:
@@ -186,7 +192,8 @@ class Scheme(ABC):
             y = tensors.linear(x, bias)
             if y is not None:
                 return y
-        return F.linear(x, self.decode(tensors).to(x.dtype), bias)
+        y = cpu.multiply(x, tensors, bias, lambda: self.decode(tensors))
+        return cpu.dense(x, self.decode(tensors), bias) if y is None else y
 
     @property
     def interchange(self) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from compress.bench import Bench
 from compress.eval import chart
 from compress.eval.report import SIGNIFICANT, Report, score_lines, task_score, worst_layers
 from compress.prepare import Forecast
@@ -147,6 +148,27 @@ def scheme(described: dict[str, Any]) -> Group:
         allowed = ", ".join(option["choices"]) if option["choices"] else ""
         table.add_row(option["name"], option["type"], str(option["default"]).lower(), allowed)
     return Group(Text(title, style="bold"), table)
+
+
+def bench(found: Bench) -> Table:
+    """A line for each scheme: microseconds for the fewest tokens, and times the uncompressed speed for each number."""
+    where = f"{found.processor}, {found.threads} threads" if found.device == "cpu" else found.processor
+    shape = "x".join(map(str, found.shape))
+    table = Table(box=None, pad_edge=False, title=f"{shape} on {where}, torch {found.torch}", title_justify="left")
+    table.add_column("scheme", no_wrap=True)
+    table.add_column("bits", justify="right")
+    counts = list(found.lines[0].seconds)
+    table.add_column(f"ms, {_tokens(counts[0])}", justify="right")
+    for count in counts:
+        table.add_column(f"speed, {_tokens(count)}", justify="right")
+    for line in found.lines:
+        speeds = [f"{line.speedup[count]:.2f}" for count in counts]
+        table.add_row(line.name, f"{line.bits_per_weight:.2f}", f"{1e3 * line.seconds[counts[0]]:.3f}", *speeds)
+    return table
+
+
+def _tokens(count: int) -> str:
+    return "1 token" if count == 1 else f"{count} tokens"
 
 
 def _pairs() -> Table:

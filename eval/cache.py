@@ -22,7 +22,7 @@ import transformers
 
 from compress import __version__, sizes
 from compress.eval.predictions import Progress
-from compress.formats import manifest
+from compress.formats import files, manifest
 
 LIMIT = "10GiB"
 _STALE_SECONDS = 24 * 3600
@@ -88,7 +88,7 @@ class Cache:
 def opened(enabled: bool = True) -> Iterator[Cache]:
     """The user's cache, trimmed when the block ends; with enabled=False one that is gone then."""
     with contextlib.ExitStack() as stack:
-        folder = _folder() if enabled else None
+        folder = files.cache_folder() if enabled else None
         if folder is not None and not _is_writable(folder):
             folder = None
         if folder is None:
@@ -131,11 +131,6 @@ def fingerprint(model: Path, cache: Cache, progress: Progress | None = None) -> 
     if read:
         cache.keep(memo_path, memo)
     return digest(hashes)
-
-
-def _folder() -> Path:
-    named = os.environ.get("COMPRESS_CACHE")
-    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compress"
 
 
 def _is_writable(folder: Path) -> bool:

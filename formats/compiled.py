@@ -1,14 +1,16 @@
 """What the compiled loops over a weight share: numba's settings, the weight's bits, 64 bits at any byte, threads."""
 
 import math
-from concurrent.futures import ThreadPoolExecutor
+import os
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
 from typing import Any
 
 import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from numba.extending import intrinsic
+from numba import extending
 from torch import Tensor
 
 _THREADED_SIZE = 1 << 20  # values: below, starting threads costs more than it saves
@@ -23,11 +25,12 @@ def jit(function: Any) -> Any:
         return numba.njit(nogil=True, error_model="numpy")(function)
 
 
-def _intrinsic(function: Any) -> Any:
-    return intrinsic(function)  # whose type has the compiler's own argument, which callers do not pass
+def intrinsic(function: Any) -> Any:
+    """numba's, whose type has the compiler's own argument, which callers do not pass; numbers are known to it."""
+    return extending.intrinsic(prefer_literal=True)(function)
 
 
-@_intrinsic
+@intrinsic
 def load64(context, array, offset):  # type: ignore[no-untyped-def]
     """The 64 bits at byte `offset` of a uint8 array, aligned or not. Nothing checks that they lie within it."""
 
@@ -37,7 +40,7 @@ def load64(context, array, offset):  # type: ignore[no-untyped-def]
     return numba.uint64(array, numba.int64), generate
 
 
-@_intrinsic
+@intrinsic
 def store64(context, array, offset, value):  # type: ignore[no-untyped-def]
     """Puts 64 bits at byte `offset` of a uint8 array, aligned or not. Nothing checks that they lie within it."""
 
@@ -81,7 +84,26 @@ def in_threads(loop: Any, rows: int, size: int, *arguments: Any) -> None:
         return
     parts = min(_PARTS * threads, rows)  # a core that is busy elsewhere takes fewer of them
     bounds = [rows * i // parts for i in range(parts + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        jobs = [pool.submit(loop, *pair, *arguments) for pair in zip(bounds, bounds[1:], strict=False)]
+    left = iter(list(zip(bounds, bounds[1:], strict=False)))  # each thread takes the next
+
+    def work() -> None:
+        for pair in left:
+            loop(*pair, *arguments)
+
+    jobs = [_pool(threads - 1).submit(work) for _ in range(threads - 1)]
+    try:
+        work()
+    finally:
+        wait(jobs)  # they read the arrays of this call
     for job in jobs:
         job.result()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads that stay: starting them takes as long as a product with a small weight."""
+    return ThreadPoolExecutor(threads, "compress")
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # the child has none of these threads

@@ -8,6 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept between runs: COMPRESS_CACHE, else `compress` in the user's caches."""
+    named = os.environ.get("COMPRESS_CACHE")
+    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compress"
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a small file so that it is either as it was or as it will be, whatever happens."""
     temporary = path.with_name(path.name + ".tmp")

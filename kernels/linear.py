@@ -50,6 +50,10 @@ class CompressedModule(nn.Module):
             self._prepared = (list(tensors.values()), self.scheme.prepare(tensors))
         return self._prepared[1]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and files: without what was made of the packed tensors, which a copy has of its own."""
+        return {**self.__dict__, "_prepared": None}
+
     def fill(self, name: str, tensor: Tensor) -> None:
         """Puts a copy of a loaded tensor where the local tensor `name` lies; one on "meta" is made on the CPU."""
         current = self.tensors()[name]

@@ -1,0 +1,201 @@
+"""Which way a packed weight on the CPU is multiplied with: as it is stored, or decoded and then by torch.
+
+A compiled product reads a weight once for a few tokens, and never writes it out; for many tokens torch may be faster by
+more than decoding takes. From how many on is measured when that is first asked for, once for each machine and layout
+(`measured.py`). COMPRESS_CPU_PATH=fused or dense chooses without measuring.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from compress.formats import fixed
+from compress.kernels import cpu_codes, cpu_floats, measured
+
+FEW = 4  # tokens, for which reading a weight is what takes time: a decoded one is larger, and is written and read
+LEAST = 1 << 16  # weights: of fewer, calling a compiled product takes longer than it
+
+
+@dataclass(frozen=True)
+class Product:
+    """x @ W.T without a decoded W. layout: a name for what takes the same time for each weight.
+
+    run: (tokens, columns) bf16, fp16 or fp32 -> (tokens, rows) float32, or None where x is not finite.
+    """
+
+    layout: str
+    shape: tuple[int, int]
+    run: Callable[[Tensor], Tensor | None]
+
+    def linear(self, x: Tensor, bias: Tensor | None, decode: Callable[[], Tensor]) -> Tensor | None:
+        """(..., columns) -> (..., rows) in x's dtype; None where a decoded weight is better. decode: makes it."""
+        flat = x.reshape(-1, x.shape[-1])
+        if not len(flat) or not self._is_faster(len(flat), decode):
+            return None
+        y = self.run(flat)
+        if y is None:
+            return None
+        y = y if bias is None else y.add_(bias)
+        return y.to(x.dtype).view(*x.shape[:-1], self.shape[0])
+
+    def _is_faster(self, tokens: int, decode: Callable[[], Tensor]) -> bool:
+        forced = os.environ.get("COMPRESS_CPU_PATH")
+        if forced in ("fused", "dense"):
+            return forced == "fused"
+        if self.shape[0] * self.shape[1] < LEAST:
+            return False
+        return tokens <= FEW or tokens <= measured.most_tokens(self.layout, self.shape, self.run, decode)
+
+
+class Prepared(dict[str, Tensor]):
+    """The stored tensors of a weight, by local name, and what multiplies with them."""
+
+    def __init__(self, tensors: dict[str, Tensor], product: Product) -> None:
+        super().__init__(tensors)
+        self.product = product
+
+
+def multiply(x: Tensor, tensors: Any, bias: Tensor | None, decode: Callable[[], Tensor]) -> Tensor | None:
+    """x @ W.T + bias where `tensors` have a `product` and that is faster than with decode(); None elsewhere."""
+    product = getattr(tensors, "product", None)
+    if product is None or x.device.type != "cpu" or x.dtype not in _DTYPES:
+        return None
+    if torch.is_grad_enabled() and x.requires_grad:  # compiled products have no backward pass
+        return None
+    y: Tensor | None = product.linear(x, bias, decode)
+    return y
+
+
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear in x's dtype; through float32 where this processor multiplies that faster, in parts of the weight."""
+    tokens = x.numel() // max(1, x.shape[-1])
+    narrow = x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cpu"
+    if not narrow or weight.numel() < LEAST or (torch.is_grad_enabled() and x.requires_grad):
+        return F.linear(x, weight.to(x.dtype), bias)
+    if not measured.is_wider_faster(x.dtype, tokens):
+        return F.linear(x, weight.to(x.dtype), bias)
+    y, wide = x.new_empty(*x.shape[:-1], len(weight)), x.float()
+    step = max(1, _AT_ONCE // weight.shape[1])
+    for first in range(0, len(weight), step):
+        part = slice(first, first + step)
+        rest = None if bias is None else bias[part].float()
+        y[..., part] = F.linear(wide, weight[part].float(), rest)
+    return y
+
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_AT_ONCE = 1 << 21  # weights that are in float32 at a time: they stay in the cache
+
+
+def integers(
+    packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, columns: int, power: int = 0
+) -> Product | None:
+    """For weights (code - zero) * scale, as `cpu_codes.integers` takes them; None where it does not."""
+    if packed.device.type != "cpu" or (scales.shape[1] > 1 and cpu_codes.integer_unit(bits, group_size) is None):
+        return None
+    scales = scales.float() if scales.dtype == torch.float16 else scales
+    if not _sound(scales, power):
+        return None
+    codes = packed.contiguous().view(torch.uint8)
+
+    def run(x: Tensor) -> Tensor | None:
+        return cpu_codes.integers(x, codes, scales, zeros, bits, group_size, power)
+
+    layout = f"{bits}-bit integers in groups of {min(group_size, 128)}" + (" with zeros" if zeros is not None else "")
+    return Product(layout, (len(packed), columns), run)
+
+
+def tables(
+    packed: Tensor,
+    scales: Tensor | None,
+    levels: Tensor,
+    group_size: int,
+    shape: tuple[int, int],
+    rows: int = 0,
+    high_first: bool = False,
+    factor: float = 1.0,
+) -> Product | None:
+    """For weights level[code] * scale * factor of 4 bits, as `cpu_codes.tables` takes them; None where it does not.
+
+    levels: (n, 16) floats, each for `rows` rows, 0 for all. scales: (shape[0], groups), or None for 1. They are stored
+    as 16-bit integers, in units of a power of two: off by less than 2**-15 of the largest.
+    """
+    single = scales is None or scales.shape[1] == 1
+    if packed.device.type != "cpu" or cpu_codes.table_unit(cpu_codes.TABLE_GROUP if single else group_size) is None:
+        return None
+    levels = levels.float()
+    largest = levels.abs().amax(1, keepdim=True)
+    if not bool(largest.isfinite().all()) or (scales is not None and not _sound(scales, 0)):
+        return None
+    units = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 15)
+    books = (levels / units).round().clamp(-32768, 32767).to(torch.int16).view(torch.uint8).view(-1, 16, 2)
+    books = books.transpose(1, 2).reshape(-1, 32).contiguous()
+    rows = rows or shape[0]
+    share = (rows, rows) if scales is None else (1, rows)
+    if scales is None:
+        scales = units
+    else:
+        factor *= float(units[0])
+    steps = scales.float() if scales.dtype == torch.float16 else scales
+    codes = packed.contiguous().view(torch.uint8).view(shape[0], -1)
+
+    def run(x: Tensor) -> Tensor | None:
+        y = cpu_codes.tables(x, codes, steps, books, share, group_size, high_first)
+        return y if y is None or factor == 1 else y.mul_(factor)
+
+    return Product(f"tables of 16 in groups of {16 if group_size == 16 else 32}", shape, run)
+
+
+def e4m3(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Product | None:
+    """For weights code * scale; None where `cpu_floats.e4m3` does not take them.
+
+    codes: (rows, columns) float8_e4m3fn. scales: (m, n) floats, or uint8 e for 2**(e - 127), each for a block of rows x
+    columns.
+    """
+    across = scales.shape[1] > 1
+    if codes.device.type != "cpu" or not cpu_floats.can_run(block[1] if across else 32):
+        return None
+    stored = codes.view(torch.uint8)
+    if not _sound(scales, 0) or bool(((stored & 0x7F) == 0x7F).any()):  # NaN, which the kernel takes for 480
+        return None
+    steps = scales if scales.dtype == torch.uint8 else scales.float()
+    whole = None if across else steps.repeat_interleave(block[0], 0)[: len(codes), 0]
+
+    def run(x: Tensor) -> Tensor:
+        y = cpu_floats.e4m3(x, stored, steps if across else None, block[1], block[0])
+        return y if whole is None else y.mul_(whole)
+
+    return Product(f"E4M3 in groups of {min(block[1], 128) if across else 128}", (len(codes), codes.shape[1]), run)
+
+
+def fixed_words(tensors: dict[str, Tensor], shape: tuple[int, int]) -> Product | None:
+    """For bfloat16 in fixed-length codes as `compress.df11` stores it; None on other devices and for damaged codes."""
+    codes, counts, escapes, rest = (tensors[name] for name in ("codes", "escape_counts", "escapes", "sign_mantissa"))
+    if codes.device.type != "cpu":
+        return None
+    before = F.pad(counts.int().cumsum(0), (1, 0))
+    if int(before[-1]) != escapes.numel():
+        return None  # decoding says what is wrong
+    starts = before[torch.arange(shape[0]) * shape[1] // fixed.BLOCK]
+    base = int(tensors["base"][0])
+
+    def run(x: Tensor) -> Tensor:
+        return cpu_floats.fixed_words(x, base, codes, counts, starts, escapes, rest)
+
+    return Product("bfloat16 in fixed codes", shape, run)
+
+
+def _sound(scales: Tensor, power: int) -> bool:
+    """Whether there are scales, and all of them numbers that the kernels read as they are meant."""
+    if scales.dtype == torch.uint8:
+        return bool(scales.numel() and ((scales < 255) & (scales > power)).all())
+    if scales.dtype == torch.float8_e4m3fn:
+        return bool(scales.numel() and (scales.view(torch.uint8) < 0x7F).all())
+    return bool(scales.numel() and scales.isfinite().all())

@@ -1,0 +1,170 @@
+"""Products with packed weights on the CPU, read as they are stored: integers in groups, and tables of 16 numbers.
+
+Codes become integers of 16 bits in registers, and are multiplied with activations of 16 bits (`cpu_activations`); sums
+are exact up to the end of a unit of columns, and are then scaled in float32.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.formats.compiled import in_threads, jit
+from compress.kernels import simd
+from compress.kernels.cpu_activations import quantize, together
+from compress.kernels.cpu_row import (
+    BFLOAT16,
+    E4M3,
+    FLOAT32,
+    INTEGERS,
+    POWER,
+    TABLES,
+    WITH_ZEROS,
+    Layout,
+    fields,
+    row_product,
+)
+
+LIMIT = 32767
+TABLE_LIMIT = 8191  # eight products with numbers of 16 bits fit into 32
+MOST_UNIT = 128  # columns whose products are added before they are scaled
+ROWS, COLUMNS = 16, 2048  # a part of the weight that stays in the cache for all tokens
+_SCALES = {torch.bfloat16: BFLOAT16, torch.float32: FLOAT32, torch.uint8: POWER, torch.float8_e4m3fn: E4M3}
+_WORDS = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}
+
+
+TABLE_GROUP = 128  # one that `table_unit` takes with vectors of any length
+
+
+def integer_unit(bits: int, group_size: int) -> int | None:
+    """Columns that are added as integers: whole groups, or a part of one. None where groups do not suit vectors."""
+    least = fields(bits) * simd.lanes()
+    if least % group_size == 0 and group_size % (2 * fields(bits)) == 0:
+        return least
+    return next((size for size in (MOST_UNIT, MOST_UNIT // 2, least) if group_size % size == 0 and size >= least), None)
+
+
+def table_unit(group_size: int) -> int | None:
+    """As `integer_unit`, for codes of 4 bits that are looked up."""
+    size = 4 * simd.lanes()
+    suits = group_size % 16 == 0 and (size % group_size == 0 or group_size % size == 0)
+    return size if suits and simd.has_tables() else None
+
+
+def integers(
+    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, power: int = 0
+) -> Tensor | None:
+    """x @ W.T in float32, W = (code - zero) * scale. None where x has numbers that `quantize` does not take.
+
+    x: (tokens, columns) bf16, fp16 or fp32. packed: (rows, bytes) uint8, `bits` bits for each column, low bits first.
+    scales: (rows, groups) bf16 or fp32, finite; or uint8, whose number e stands for 2**(e - 127 - power). zeros:
+    (rows, groups) uint8, or None for 2**(bits - 1). group_size: `integer_unit` takes it; a single group may be of any
+    size.
+    """
+    columns, half = x.shape[1], 1 << (bits - 1)
+    if scales.shape[1] == 1:
+        group_size = -(-columns // MOST_UNIT) * MOST_UNIT * fields(bits)
+    size = integer_unit(bits, group_size)
+    if size is None:
+        raise ValueError(f"groups of {group_size} values of {bits} bits have no kernel here")
+    order = _field_order(columns, fields(bits), simd.lanes(), size)
+    found = quantize(x, order, size, LIMIT, simd.lanes(), -half if zeros is None else -1)
+    if found is None:
+        return None
+    codes = INTEGERS if zeros is None else WITH_ZEROS
+    tokens = together(len(x))
+    layout = Layout(bits, group_size, size, simd.lanes(), _SCALES[scales.dtype], codes, power, tokens)
+    others = torch.zeros(1, 1, dtype=torch.uint8) if zeros is None else zeros
+    return _run(layout, packed, scales, others, (1, 1), found)[: len(x)]
+
+
+def tables(
+    x: Tensor, packed: Tensor, scales: Tensor, books: Tensor, rows: tuple[int, int], group_size: int, high_first: bool
+) -> Tensor | None:
+    """x @ W.T in float32, W = book[code] * scale. None where x has numbers that `quantize` does not take.
+
+    x: (tokens, columns) bf16, fp16 or fp32. packed: (height, bytes) uint8, two codes each, the first in the low bits
+    unless high_first. scales: (n, groups) fp32, bf16 or E4M3, not negative; or uint8 e for 2**(e - 127). books: (m, 32)
+    uint8, the lower and the higher bytes of 16 int16. rows: that share scales, and a book. group_size: `table_unit`
+    takes it; a single group may be of any size.
+    """
+    lanes, columns = simd.lanes(), x.shape[1]
+    if scales.shape[1] == 1:
+        group_size = -(-columns // (4 * lanes)) * 4 * lanes
+    size = table_unit(group_size)
+    if size is None:
+        raise ValueError(f"groups of {group_size} values have no table kernel here")
+    found = quantize(x, _nibble_order(columns, lanes, high_first), size, TABLE_LIMIT, lanes)
+    if found is None:
+        return None
+    layout = Layout(4, group_size, size, lanes, _SCALES[scales.dtype], TABLES, 0, together(len(x)))
+    return _run(layout, packed, scales, books, rows, found)[: len(x)]
+
+
+def _run(layout: Layout, packed: Tensor, scales: Tensor, others: Tensor, shared: tuple[int, int], found: Any) -> Tensor:
+    """shared: rows with the same scales, and with the same of `others`."""
+    height, columns = len(packed), found.x.shape[1]
+    out = np.zeros((len(found.x), height), np.float32)
+    steps = scales.contiguous().view(_WORDS.get(scales.dtype, scales.dtype)).numpy()
+    steps = steps.view(np.uint16) if layout.scales == BFLOAT16 else steps
+    arrays = (packed.contiguous().numpy(), steps, others.contiguous().numpy())
+    loop = _kernel(layout)
+    in_threads(loop, height, height * columns * len(out), *arrays, *shared, found.x, found.scales, found.sums, out)
+    return torch.from_numpy(out)
+
+
+@cache
+def _field_order(columns: int, count: int, lanes: int, size: int) -> Any:
+    """Field j of lane l of a vector is column count * l + j; the vectors of the fields follow one another."""
+    padded = -(-columns // size) * size
+    return np.arange(padded).reshape(-1, lanes, count).transpose(0, 2, 1).reshape(-1).copy()
+
+
+@cache
+def _nibble_order(columns: int, lanes: int, high_first: bool) -> Any:
+    """Byte 16 p + 8 h + i has two columns; vectors are by nibble n, then by h, and have lanes 8 p + i."""
+    padded = -(-columns // (4 * lanes)) * 4 * lanes
+    split = np.arange(padded).reshape(-1, lanes // 8, 2, 8, 2)
+    return (split[..., ::-1] if high_first else split).transpose(0, 4, 2, 1, 3).reshape(-1).copy()
+
+
+@cache
+def _kernel(layout: Layout) -> Any:
+    """The loop over rows for one layout: numba compiles it when it is first called, and keeps it on disk."""
+    bits, group_size, size, _, _, codes, _, tokens = layout
+    text = " ".join(map(str, layout))
+    slack = 16 + size * bits // 8  # bytes that may be read behind a row
+    more = max(1, size // group_size)  # and scales
+    has_zeros = codes == WITH_ZEROS
+
+    @jit
+    def rows_of(start, stop, packed, scales, others, share, other_share, x, x_scales, x_sums, out):  # type: ignore[no-untyped-def]
+        (height, width), groups, units = packed.shape, scales.shape[1], x_scales.shape[1]
+        step = units if x.shape[0] == 1 else COLUMNS // size
+        whole = height - (slack + width - 1) // width  # rows behind which there is enough to read
+        last, last_scales = np.zeros(width + slack, np.uint8), np.zeros(groups + more, scales.dtype)
+        last_zeros, found = np.zeros(groups + more, np.uint8), np.empty(tokens, np.float32)
+        all_weights = (packed.reshape(-1), scales.reshape(-1), others.reshape(-1))
+        inputs = (x.reshape(-1), x_scales.reshape(-1), x_sums.reshape(-1))
+        for first in range(start, stop, ROWS):
+            for token in range(0, x.shape[0], tokens):
+                for begin in range(0, units, step):
+                    for row in range(first, min(first + ROWS, stop)):
+                        weights, at = all_weights, row * width
+                        group, other = row // share * groups, row // other_share * others.shape[1]
+                        if row >= whole:
+                            last[:width], last_scales[:groups] = packed[row], scales[row // share]
+                            weights, at, group = (last, last_scales, all_weights[2]), 0, 0
+                            if has_zeros:
+                                last_zeros[:groups], other = others[row], 0
+                                weights = (last, last_scales, last_zeros)
+                        place = (at, group, other, token * units, units, begin, min(begin + step, units))
+                        row_product(weights, inputs, place, found, text)
+                        for t in range(tokens):
+                            out[token + t, row] += found[t]
+
+    return rows_of

@@ -1,0 +1,197 @@
+"""Products with 8-bit floats, and with losslessly coded bfloat16, on the CPU: no weight is decoded beyond a row.
+
+E4M3 becomes float16 by moving bits (256 times too small), and the processor makes float32 of that. Rows of coded words
+are decoded into the cache nearest to the processor. Everything is float32 then, also the activations.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+import torch
+import torch.nn.functional as F
+from llvmlite import ir
+from numba.core import cgutils
+from torch import Tensor
+
+from compress.formats import fixed
+from compress.formats.compiled import in_threads, intrinsic, jit
+from compress.kernels import simd
+from compress.kernels.cpu_activations import together
+from compress.kernels.simd import constant, f32, i8, i16, i32, integer, load, splat, vector
+
+UNIT = 128  # columns, where groups are not smaller
+E4M3_FACTOR = 256.0  # what float16's exponent of the same bits is less
+ROWS = 16  # that are multiplied with all tokens while they are in the cache
+
+
+class Layout(NamedTuple):
+    """What a loop is compiled for. unit: columns that a scale is for, or that are multiplied at a time."""
+
+    is_e4m3: int  # otherwise bfloat16
+    is_scaled: int  # by a number for each unit: 1 float32, 2 a byte e for 2**(e - 127); 0 not at all
+    unit: int
+    lanes: int
+    tokens: int
+
+
+def can_run(group_size: int) -> bool:
+    """Whether this processor converts float16 by itself, and groups are made of whole vectors."""
+    known = simd.features()
+    return ("f16c" in known or "fp16" in known or "neon" in known) and group_size % 32 == 0
+
+
+def e4m3(x: Tensor, codes: Tensor, scales: Tensor | None, group_size: int, rows: int = 1) -> Tensor:
+    """x @ W.T in float32, W = code * scale. None of the codes may be NaN.
+
+    x: (tokens, columns) bf16, fp16 or fp32. codes: (height, columns) uint8. scales: (n, groups) float32, or uint8 e for
+    2**(e - 127), for `rows` rows each and `group_size` columns, a multiple of 32; None for 1.
+    """
+    size = min(group_size, UNIT) if scales is not None else UNIT
+    kind = 0 if scales is None else 1 + (scales.dtype == torch.uint8)
+    layout = Layout(1, kind, size, simd.lanes(), together(len(x)))
+    steps = np.zeros((1, 1), np.float32) if scales is None else scales.contiguous().numpy()
+    height, columns = codes.shape
+    inputs = _inputs(x, size, layout.tokens)
+    out = np.zeros((len(inputs), height), np.float32)
+    arguments = (codes.contiguous().numpy(), steps, rows, max(1, group_size // size), inputs, out)
+    in_threads(_e4m3_rows(layout), height, height * columns * len(x), *arguments)
+    return torch.from_numpy(out[: len(x)]).mul_(E4M3_FACTOR)
+
+
+def fixed_words(
+    x: Tensor, base: int, codes: Tensor, counts: Tensor, starts: Tensor, escapes: Tensor, rest: Tensor
+) -> Tensor:
+    """x @ W.T in float32, W the bfloat16 words that `formats.fixed` coded; bit for bit.
+
+    x: (tokens, columns) bf16, fp16 or fp32. rest: (height, columns) uint8. starts: (height,) int64, how many escapes
+    are before the block that each row begins in. The others as `fixed.decode` takes them.
+    """
+    height, columns = rest.shape
+    layout = Layout(0, 0, UNIT, simd.lanes(), together(len(x)))
+    inputs = _inputs(x, UNIT, layout.tokens)
+    out = np.zeros((len(inputs), height), np.float32)
+    arrays = [array.contiguous().numpy() for array in (codes.view(-1, fixed.BLOCK_BYTES), counts, starts, escapes)]
+    arguments = (np.uint8(base), *arrays, rest.contiguous().view(-1).numpy(), inputs, out)
+    in_threads(_fixed_rows(layout), height, height * columns * len(x), columns, *arguments)
+    return torch.from_numpy(out[: len(x)])
+
+
+def _inputs(x: Tensor, size: int, tokens: int) -> Any:
+    """In float32, with zeros behind the last column and the last token."""
+    padded = F.pad(x.detach().float(), (0, -x.shape[1] % size, 0, -len(x) % tokens))
+    return padded.contiguous().numpy()
+
+
+@cache
+def _e4m3_rows(layout: Layout) -> Any:
+    text, size, tokens, slack = " ".join(map(str, layout)), layout.unit, layout.tokens, layout.unit + 64
+    is_scaled, are_powers = layout.is_scaled > 0, layout.is_scaled == 2
+
+    @jit
+    def rows_of(start, stop, codes, scales, share, units_of_group, x, out):  # type: ignore[no-untyped-def]
+        (height, width), groups, padded = codes.shape, scales.shape[1], x.shape[1]
+        whole = height - (slack + width - 1) // width  # rows behind which there is enough to read
+        last, found = np.zeros(width + slack, np.uint8), np.empty(tokens, np.float32)
+        steps = np.zeros(padded // size + 1, np.float32)
+        inputs, everything = x.reshape(-1), codes.reshape(-1)
+        for first in range(start, stop, ROWS):
+            for token in range(0, x.shape[0], tokens):
+                for row in range(first, min(first + ROWS, stop)):
+                    source, at = everything, row * width
+                    if row >= whole:
+                        last[:width] = codes[row]
+                        source, at = last, 0
+                    if is_scaled:
+                        for unit in range(padded // size):
+                            step = scales[row // share, min(unit // units_of_group, groups - 1)]
+                            steps[unit] = np.uint32(np.uint32(step) << np.uint32(23)).view(np.float32)
+                            if not are_powers:
+                                steps[unit] = step
+                    _float_row((source, steps, inputs), (at, token * padded, padded), found, text)
+                    for t in range(tokens):
+                        out[token + t, row] = found[t]
+
+    return rows_of
+
+
+@cache
+def _fixed_rows(layout: Layout) -> Any:
+    text, tokens = " ".join(map(str, layout)), layout.tokens
+
+    @jit
+    def rows_of(start, stop, columns, base, packed, counts, starts, escapes, rest, x, out):  # type: ignore[no-untyped-def]
+        padded, total = x.shape[1], rest.shape[0]
+        words = np.zeros(columns + padded + 2 * fixed.BLOCK, np.uint16)
+        found, steps, inputs = np.empty(tokens, np.float32), np.zeros(1, np.float32), x.reshape(-1)
+        for row in range(start, stop):
+            block, position = row * columns // fixed.BLOCK, starts[row]
+            at = row * columns - block * fixed.BLOCK
+            for place in range(0, at + columns, fixed.BLOCK):
+                low = rest[block * fixed.BLOCK : min((block + 1) * fixed.BLOCK, total)]
+                behind = position + counts[block]
+                part = words[place : place + low.shape[0]]
+                fixed._decode_block(base, packed[block], escapes[position:behind], low, part)
+                block, position = block + 1, behind
+            words[at + columns :] = 0  # NaN among what follows would not vanish with an input of zero
+            for token in range(0, x.shape[0], tokens):
+                _float_row((words.view(np.uint8), steps, inputs), (2 * at, token * padded, padded), found, text)
+                for t in range(tokens):
+                    out[token + t, row] = found[t]
+
+    return rows_of
+
+
+@intrinsic
+def _float_row(context, arrays, place, found, layout):  # type: ignore[no-untyped-def]
+    """found[t] = a row times token t. arrays: codes uint8, a scale for each unit, x. place: where row and tokens begin,
+    and the columns of a token."""
+    chosen = Layout(*map(int, layout.literal_value.split()))
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        values = cgutils.unpack_tuple(builder, arguments[0])
+        pairs = zip(values, signature.args[0], strict=True)
+        codes, scales, x = (simd.data(context, builder, *pair) for pair in pairs)
+        at, first, columns = cgutils.unpack_tuple(builder, arguments[1])
+        floats, lanes = vector(f32, chosen.lanes), chosen.lanes
+        totals = [cgutils.alloca_once_value(builder, constant(floats, 0.0)) for _ in range(chosen.tokens)]
+
+        def times(value: Any, factor: int) -> Any:
+            return builder.mul(value, integer(factor))
+
+        units = builder.udiv(columns, integer(chosen.unit))
+        with cgutils.for_range_slice(builder, integer(0), units, integer(1), inc=True) as (unit, _):
+            sums = [constant(floats, 0.0) if chosen.is_scaled else builder.load(place) for place in totals]
+            column = times(unit, chosen.unit)
+            for number in range(chosen.unit // lanes):
+                here = builder.add(column, integer(number * lanes))
+                weights = _weights(builder, chosen, codes, at, here)
+                for token in range(chosen.tokens):
+                    offset = builder.add(first, builder.add(times(columns, token), here))
+                    sums[token] = simd.fma(builder, weights, load(builder, x, floats, times(offset, 4)), sums[token])
+            scale = splat(builder, load(builder, scales, f32, times(unit, 4)), lanes) if chosen.is_scaled else None
+            for place, value in zip(totals, sums, strict=True):
+                builder.store(value if scale is None else simd.fma(builder, value, scale, builder.load(place)), place)
+        result = simd.data(context, builder, arguments[2], signature.args[2])
+        for token, place in enumerate(totals):
+            builder.store(simd.total(builder, builder.load(place)), builder.gep(result, [integer(token)]))
+        return context.get_dummy_value()
+
+    return numba.void(arrays, place, found, layout), generate
+
+
+def _weights(builder: Any, layout: Layout, codes: Any, at: Any, column: Any) -> Any:
+    """The weights of as many columns as there are lanes, float32."""
+    lanes, floats = layout.lanes, vector(f32, layout.lanes)
+    if not layout.is_e4m3:
+        offset = builder.add(at, builder.mul(column, integer(2)))
+        words = builder.zext(load(builder, codes, vector(i16, lanes), offset), vector(i32, lanes))
+        return builder.bitcast(builder.shl(words, constant(words.type, 16)), floats)
+    offset = builder.add(at, column)
+    simd.prefetch(builder, codes, builder.add(offset, integer(simd.AHEAD)))
+    words = builder.sext(load(builder, codes, vector(i8, lanes), offset), vector(i16, lanes))
+    halves = builder.and_(builder.shl(words, constant(words.type, 7)), constant(words.type, 0xBFFF))
+    return builder.fpext(builder.bitcast(halves, vector(ir.HalfType(), lanes)), floats)

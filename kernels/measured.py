@@ -1,0 +1,116 @@
+"""What is fastest on this machine, measured once: for how many tokens, and in which dtype.
+
+Kept in `speed.json` of the folder of caches (`formats.files.cache_folder`), by processor, threads, versions and layout.
+A measurement takes a part of a second. What it decides changes results by rounding alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numba
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from compress.formats.files import cache_folder, write_text
+
+SIZES = (16, 64, 256, 1024)  # tokens that torch's product is timed with
+SHAPE = (512, 1024)  # of the weight that it is timed with
+MANY = 1 << 30
+ROUNDS = 3
+
+
+def most_tokens(
+    layout: str, shape: tuple[int, int], product: Callable[[Tensor], Any], decode: Callable[[], Tensor]
+) -> int:
+    """Up to how many tokens `product` takes less time than decode() and torch's product with what it gives."""
+
+    def measure() -> int:
+        weights = shape[0] * shape[1]
+        few, more = (_seconds(product, torch.ones(tokens, shape[1]).bfloat16()) / weights for tokens in SIZES[:2])
+        each = max(0.0, (more - few) / (SIZES[1] - SIZES[0]))
+        decoding = _seconds(decode) / weights
+        slower = [m for m in SIZES if few + each * (m - SIZES[0]) > decoding + min(_torch_seconds(torch.bfloat16, m))]
+        if not slower:
+            return MANY
+        return max((size for size in SIZES if size < slower[0]), default=SIZES[0] - 1)
+
+    return int(_remembered(layout, measure))
+
+
+def is_wider_faster(dtype: torch.dtype, tokens: int) -> bool:
+    """Whether torch multiplies so many tokens with a weight faster when both are converted to float32 first."""
+    narrow, wide = _torch_seconds(dtype, min(SIZES, key=lambda size: abs(size - tokens)))
+    return wide < narrow
+
+
+def _torch_seconds(dtype: torch.dtype, tokens: int) -> tuple[float, float]:
+    """For each number of a weight, as it is and converted to float32."""
+
+    def measure() -> list[float]:
+        weight, x = torch.ones(SHAPE, dtype=dtype), torch.ones(tokens, SHAPE[1], dtype=dtype)
+        wide = _seconds(lambda: F.linear(x.float(), weight.float()))
+        return [_seconds(lambda: F.linear(x, weight)) / weight.numel(), wide / weight.numel()]
+
+    narrow, wide = _remembered(f"torch {str(dtype).removeprefix('torch.')} {tokens}", measure)
+    return narrow, wide
+
+
+def _seconds(function: Callable[..., Any], *arguments: Any) -> float:
+    found = []
+    with torch.no_grad():
+        function(*arguments)
+        for _ in range(ROUNDS):
+            begin = time.perf_counter()
+            function(*arguments)
+            found.append(time.perf_counter() - begin)
+    return min(found)
+
+
+def _remembered(name: str, measure: Callable[[], Any]) -> Any:
+    """What was measured under that name on this machine, perhaps long ago."""
+    known = _known(_machine())
+    if name not in known:
+        known[name] = measure()
+        _keep(_machine(), known)
+    return known[name]
+
+
+@cache
+def _known(machine: str) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        found = json.loads((cache_folder() / "speed.json").read_text()).get(machine, {})
+        return dict(found)
+    return {}
+
+
+def _keep(machine: str, known: dict[str, Any]) -> None:
+    path, everything = cache_folder() / "speed.json", {}
+    with contextlib.suppress(OSError, ValueError):
+        everything = json.loads(path.read_text())
+    with contextlib.suppress(OSError):  # then it is measured again next time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps({**everything, machine: known}, indent=1) + "\n")
+
+
+def _machine() -> str:
+    threads = f"{torch.get_num_threads()}+{numba.get_num_threads()} threads"
+    return f"{processor()}, {threads}, torch {torch.__version__}, numba {numba.__version__}"
+
+
+@cache
+def processor() -> str:
+    """What this machine calls its processor."""
+    with contextlib.suppress(OSError):
+        with open("/proc/cpuinfo") as lines:
+            found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        if found:
+            return found[0]
+    return platform.processor() or platform.machine()

@@ -1,0 +1,119 @@
+"""What compiled products are made of: vectors of LLVM's own, as wide as the machine's, in bodies of numba intrinsics.
+
+All of it is LLVM's portable form, but for two instructions that it does not find by itself: products of neighbours,
+which x86 has at every width and elsewhere are made of parts, and tables in registers (`has_tables`).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils
+from numba.core.registry import cpu_target
+
+i8, i16, i32, i64, f32 = (*map(ir.IntType, (8, 16, 32, 64)), ir.FloatType())
+AHEAD = 4096  # bytes: so far before they are needed, codes are asked for; the machine's own prefetching ends at a page
+_MADD = {16: ("avx2", "llvm.x86.avx2.pmadd.wd"), 32: ("avx512bw", "llvm.x86.avx512.pmaddw.d.512")}
+_SHUFFLE = {16: ("avx2", "llvm.x86.avx2.pshuf.b"), 32: ("avx512bw", "llvm.x86.avx512.pshuf.b.512")}
+
+
+@cache
+def features() -> frozenset[str]:
+    """What the processor that numba compiles for has: "avx2" and so on."""
+    text: str = cpu_target.target_context.codegen().magic_tuple()[2]
+    return frozenset(name[1:] for name in text.split(",") if name.startswith("+"))
+
+
+def lanes() -> int:
+    """16-bit numbers in a vector. 16 also where vectors are shorter: the compiler cuts them."""
+    return 32 if "avx512bw" in features() else 16
+
+
+def has_tables() -> bool:
+    """Whether vectors of bytes can be looked up in a table of 16."""
+    return _SHUFFLE[lanes()][0] in features()
+
+
+def vector(kind: ir.Type, count: int) -> ir.VectorType:
+    return ir.VectorType(kind, count)
+
+
+def constant(kind: ir.VectorType, values: Any) -> ir.Constant:
+    """values: a number for all lanes, or one for each."""
+    return ir.Constant(kind, list(values) if hasattr(values, "__iter__") else [values] * kind.count)
+
+
+def integer(value: int) -> ir.Constant:
+    return ir.Constant(i64, value)
+
+
+def load(builder: Any, base: Any, kind: ir.Type, offset: Any) -> Any:
+    """What lies `offset` bytes behind a pointer, aligned or not."""
+    return builder.load(builder.bitcast(_at(builder, base, offset), kind.as_pointer()), align=1)
+
+
+def prefetch(builder: Any, base: Any, offset: Any) -> None:
+    """Asks for the cache line `offset` bytes behind a pointer; nothing happens where no memory is."""
+    kind = ir.FunctionType(ir.VoidType(), [i8.as_pointer(), i32, i32, i32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [_at(builder, base, offset), *(ir.Constant(i32, value) for value in (0, 3, 1))])
+
+
+def shuffle(builder: Any, values: Any, order: Any) -> Any:
+    """values[order], where order is known when it is compiled."""
+    order = list(order)
+    nothing = ir.Constant(values.type, ir.Undefined)
+    return builder.shuffle_vector(values, nothing, constant(vector(i32, len(order)), order))
+
+
+def splat(builder: Any, value: Any, count: int) -> Any:
+    """A number in every lane."""
+    one = ir.Constant(vector(value.type, 1), ir.Undefined)
+    return shuffle(builder, builder.insert_element(one, value, ir.Constant(i32, 0)), [0] * count)
+
+
+def fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c in float32, rounded once."""
+    kind = a.type
+    name = f"llvm.fma.v{kind.count}f32"
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name)
+    return builder.call(function, [a, b, c])
+
+
+def madd(builder: Any, a: Any, b: Any) -> Any:
+    """Products of 16-bit integers, neighbours added: int32 in half as many lanes."""
+    count = a.type.count
+    wide = vector(i32, count // 2)
+    needed, name = _MADD.get(count, ("", ""))
+    if needed in features():
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(wide, [a.type] * 2), name)
+        return builder.call(function, [a, b])
+    parts = [[builder.sext(shuffle(builder, v, range(odd, count, 2)), wide) for v in (a, b)] for odd in (0, 1)]
+    return builder.add(*(builder.mul(*part) for part in parts))
+
+
+def look_up(builder: Any, table: Any, index: Any) -> Any:
+    """table: bytes, 16 and again 16. index: bytes below 16. Every index looks into its own sixteenth-byte part."""
+    name = _SHUFFLE[table.type.count // 2][1]
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(table.type, [table.type] * 2), name)
+    return builder.call(function, [table, index])
+
+
+def total(builder: Any, values: Any) -> Any:
+    """The sum of all lanes, halves first."""
+    while values.type.count > 1:
+        half = values.type.count // 2
+        low, high = (shuffle(builder, values, range(start, start + half)) for start in (0, half))
+        values = builder.fadd(low, high)
+    return builder.extract_element(values, ir.Constant(i32, 0))
+
+
+def _at(builder: Any, base: Any, offset: Any) -> Any:
+    return builder.gep(builder.bitcast(base, i8.as_pointer()), [offset])
+
+
+def data(context: Any, builder: Any, array: Any, kind: Any) -> Any:
+    """Where the numbers of one of numba's arrays lie."""
+    return context.make_array(kind)(context, builder, array).data

@@ -1,0 +1,209 @@
+"""Products with packed weights on the CPU, against decode() in float64."""
+
+import copy
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numba
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import compress
+from compress.kernels import cpu, measured
+from compress.kernels.cpu import Prepared
+from compress.registry import make
+from compress.scheme import Scheme, Tensors
+
+# Activations are rounded to 16 bits of the largest of a few columns, tables to 15: 2e-5 of Gaussian ones.
+BOUND = 1e-4
+# name and options; all of these have a product
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *(("int4", {"bits": bits, "group_size": 32, "method": "rtn"}) for bits in (2, 5, 7, 8)),
+    ("int4", {"group_size": 128, "method": "rtn"}),
+    ("int4", {"group_size": 64, "symmetric": False, "method": "rtn"}),
+    ("int4", {"bits": 3, "group_size": 128, "symmetric": False, "method": "rtn"}),
+    ("int8", {"group_size": 4096}),
+    *(("bfp", {"mantissa_bits": bits, "method": "rtn"}) for bits in (3, 4)),
+    *(("kmeans", {"method": "rtn", "granularity": g}) for g in ("channel", "tensor", "group")),
+    ("kmeans", {"method": "rtn", "scale": True, "entries": "int8"}),
+    ("kmeans", {"method": "rtn", "codebook": "nf", "block_size": 32}),
+    ("nf4", {"block_size": 32}),
+    ("nf4", {"block_size": 32, "double_quant": True}),
+    ("mxfp4", {"method": "rtn"}),
+    ("mxfp8", {"method": "rtn"}),
+    *(("fp8", {"granularity": granularity}) for granularity in ("channel", "tensor", "block")),
+    ("nvfp4", {"method": "rtn"}),
+]
+
+
+@pytest.fixture(autouse=True)
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPRESS_CPU_PATH", "fused")
+
+
+def gaussian(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def stored(
+    name: str, shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16, **options: Any
+) -> tuple[Scheme, Tensors]:
+    scheme = make(name, options).fit(shape).for_dtype(dtype)
+    return scheme, scheme.encode(gaussian(*shape, dtype=dtype) * 0.02)
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_product_is_that_of_the_decoded_weight(case: tuple[str, dict[str, Any]]) -> None:
+    for shape, tokens in itertools.product([(1, 128), (35, 416)], [1, 6]):
+        scheme, tensors = stored(case[0], shape, torch.float32, **case[1])
+        x, bias = gaussian(tokens, shape[1], dtype=torch.float32), gaussian(shape[0], dtype=torch.float32)
+        prepared = scheme.prepare(tensors)
+        assert prepared.product is not None
+        wanted = F.linear(x.double(), scheme.decode(tensors).double(), bias.double())
+        assert error(scheme.linear(x, prepared, bias), wanted) < BOUND
+
+
+@pytest.mark.parametrize("shape", [(9, 512), (35, 416), (7, 1003)])
+def test_fixed_codes_lose_nothing_but_the_order_of_the_sums(shape: tuple[int, int]) -> None:
+    weight = gaussian(*shape) * 0.02
+    weight[2, 5], weight[-1, -1] = 1e4, 3e-9  # escapes
+    scheme = make("df11", {"coding": "fixed"})
+    prepared = scheme.prepare(scheme.encode(weight))
+    for tokens in (1, 6):
+        x = gaussian(tokens, shape[1], dtype=torch.float32)
+        wanted = F.linear(x.double(), weight.double())
+        assert prepared.product is not None and error(scheme.linear(x, prepared), wanted) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_inputs_and_weights_of_every_dtype_and_any_shape_of_inputs(dtype: torch.dtype) -> None:
+    scheme, tensors = stored("int4", (40, 128), dtype, method="rtn")
+    for shape in ((128,), (3, 5, 128), (0, 128)):
+        x = gaussian(*shape, dtype=dtype)
+        found = scheme.linear(x, scheme.prepare(tensors))
+        assert found.dtype == dtype and found.shape == (*shape[:-1], 40)
+        if x.numel():
+            wanted = F.linear(x.double(), scheme.decode(tensors).double())
+            assert error(found, wanted) < {torch.bfloat16: 2**-8, torch.float16: 2**-10}.get(dtype, BOUND)
+
+
+def test_outliers_among_the_inputs_cost_their_neighbours_no_more_than_their_own_rounding() -> None:
+    scheme, tensors = stored("int4", (64, 256), torch.float32, method="rtn")
+    x = gaussian(2, 256, dtype=torch.float32)
+    x[0, 7], x[1, 200] = 1e4, -3e4
+    wanted = F.linear(x.double(), scheme.decode(tensors).double())
+    # Steps of 1 / 32767 of the outlier for 128 columns: sqrt(128 / 12) / 32767 = 1e-4 of what it alone gives.
+    assert error(scheme.linear(x, scheme.prepare(tensors)), wanted) < 2 * BOUND
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_comes_out_as_from_the_decoded_weight(bad: float) -> None:
+    scheme, tensors = stored("int4", (32, 128), torch.float32, method="rtn")
+    x = gaussian(3, 128, dtype=torch.float32)
+    x[1, 5] = bad
+    found, wanted = scheme.linear(x, scheme.prepare(tensors)), F.linear(x, scheme.decode(tensors))
+    assert torch.equal(found, wanted) or torch.equal(found.isfinite(), wanted.isfinite())
+    assert not found[1].isfinite().any()
+
+
+def test_next_to_nothing_and_nothing_as_inputs() -> None:
+    scheme, tensors = stored("int4", (32, 128), torch.float32, method="rtn")
+    x = gaussian(2, 128, dtype=torch.float32) * torch.tensor([[1e-36], [0.0]])
+    wanted = F.linear(x.double(), scheme.decode(tensors).double())
+    assert error(scheme.linear(x, scheme.prepare(tensors)), wanted) < BOUND
+
+
+def test_threads_do_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheme, tensors = stored("int4", (1040, 2048), method="rtn")
+    x, before, found = gaussian(5, 2048), numba.get_num_threads(), []
+    for threads in (1, 2):
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        found.append(scheme.linear(x, scheme.prepare(tensors)))
+    numba.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+def test_a_copy_of_a_layer_multiplies_with_its_own_tensors() -> None:
+    layer = compress.linear(gaussian(64, 128), "int4", method="rtn")
+    x = gaussian(2, 128)
+    before = layer(x)
+    other = copy.deepcopy(layer)
+    with torch.no_grad():
+        other.tensors()["weight_scale"].zero_()
+    assert not other(x).any() and torch.equal(layer(x), before)
+
+
+def test_a_gradient_of_the_inputs_goes_through_the_decoded_weight() -> None:
+    layer = compress.linear(gaussian(64, 128, dtype=torch.float32), "int4", method="rtn")
+    x = gaussian(2, 128, dtype=torch.float32).requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad is not None and torch.allclose(x.grad, layer.weight.sum(0).expand(2, -1), atol=1e-5)
+
+
+def test_what_is_faster_is_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("COMPRESS_CPU_PATH")
+    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path))
+    measured._known.cache_clear()
+    scheme, tensors = stored("int4", (512, 256), method="rtn")
+    prepared, x = scheme.prepare(tensors), gaussian(20, 256)
+    first = scheme.linear(x, prepared)
+    kept = json.loads((tmp_path / "speed.json").read_text())
+    (known,) = kept.values()
+    limit = known[prepared.product.layout]
+    assert limit == measured.MANY or limit in (measured.SIZES[0] - 1, *measured.SIZES)
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("it is measured again")
+
+    measured._known.cache_clear()  # as in another process
+    monkeypatch.setattr(measured, "_seconds", fail)
+    assert torch.equal(scheme.linear(x, prepared), first)
+    monkeypatch.setattr(measured, "_machine", lambda: "another")
+    with pytest.raises(AssertionError, match="measured again"):
+        scheme.linear(x, prepared)
+    measured._known.cache_clear()
+
+
+def test_small_weights_are_decoded_and_a_choice_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheme, tensors = stored("int4", (64, 128), method="rtn")
+    prepared, x = scheme.prepare(tensors), gaussian(2, 128)
+    asked: list[int] = []
+    run = prepared.product.run
+    object.__setattr__(prepared.product, "run", lambda flat: asked.append(len(flat)) or run(flat))
+    scheme.linear(x, prepared)
+    monkeypatch.setenv("COMPRESS_CPU_PATH", "dense")
+    scheme.linear(x, prepared)
+    monkeypatch.delenv("COMPRESS_CPU_PATH")
+    scheme.linear(x, prepared)
+    assert asked == [2] and 64 * 128 < cpu.LEAST
+
+
+def test_groups_that_no_vector_takes_are_decoded() -> None:
+    scheme, tensors = stored("int4", (16, 172), method="rtn")  # groups of 86
+    assert not isinstance(scheme.prepare(tensors), Prepared)
+
+
+def test_a_processor_without_long_vectors_gives_the_same() -> None:
+    """The loop is compiled for a processor that has nothing but what every one of its kind has."""
+    script = (
+        "import torch; from compress.formats.bitpack import pack; from compress.kernels import cpu_codes, simd\n"
+        "assert 'avx2' not in simd.features()\n"
+        "codes = torch.randint(0, 16, (19, 96), dtype=torch.uint8); scales, x = torch.rand(19, 3), torch.randn(1, 96)\n"
+        "found = cpu_codes.integers(x, pack(codes, 4).view(torch.uint8), scales, None, 4, 32)\n"
+        "wanted = x.double() @ ((codes.double() - 8) * scales.double().repeat_interleave(32, 1)).T\n"
+        f"assert (found - wanted).norm() < {BOUND} * wanted.norm()"
+    )
+    environment = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
