@@ -3,8 +3,9 @@
 What stands for a weight w is differentiated as sum_k a_k c_k, where a = softmax(-(w - c)**2 / temperature); forwards it
 is the nearest entry, which is what will be stored. Attention is over few values of w, as in eDKM, which has those of 16
 bits: here 256 for a codebook, as many in each cell, so that an index takes 8 bits. For the backward pass only these are
-kept, and attention and weight are computed again. The weights themselves are not trained: those that were moved to
-another entry than the nearest (`ganq.py`) lie where that entry is.
+kept, and attention and weight are computed again. The weights themselves are not trained. Those that GPTQ's feedback
+has moved about (`ganq.py`) lie where their entries are, and stay with them: their errors make good one another's, and
+one that goes to another entry leaves the others' behind (block errors then grew, at every rate of training).
 """
 
 from __future__ import annotations
@@ -23,21 +24,23 @@ TEMPERATURE = 0.05  # per square of the mean distance between entries
 class Clusters:
     """One weight (out_features, in_features) in codebooks that can be trained.
 
-    weight: (out_features, in_features) float32. codes: the same shape, uint8. levels: (codebooks, K) float32,
-    ascending, each for `rows` rows. scale: (out_features, 1) float32, of each row, or None. All on one device.
+    weight: (out_features, in_features) float32, or None for where its entries are. codes: the same shape, uint8.
+    levels: (codebooks, K) float32, ascending, each for `rows` rows. scale: (out_features, 1) float32, of each row, or
+    None. All on one device.
     """
 
-    def __init__(self, weight: Tensor, codes: Tensor, levels: Tensor, rows: int, scale: Tensor | None) -> None:
+    def __init__(self, weight: Tensor | None, codes: Tensor, levels: Tensor, rows: int, scale: Tensor | None) -> None:
         device, entries = levels.device, levels.shape[1]
         self._rows, self._start, self._scale = rows, levels, scale
         self._gap = (levels[:, -1:] - levels[:, :1]) / max(entries - 1, 1)
         self.parameters = [torch.zeros_like(levels).requires_grad_()]
         if scale is not None:
             self.parameters.append(torch.zeros_like(scale).requires_grad_())
+        spread = levels.repeat_interleave(rows, 0)[: len(codes)]
+        if weight is None:
+            weight = spread.gather(1, codes.long())
+        elif scale is not None:
             weight = weight / scale
-        spread = levels.repeat_interleave(rows, 0)[: len(weight)]
-        own = spread.gather(1, codes.long())
-        weight = torch.where(cluster.assign(weight.cpu(), spread.cpu()).to(device) == codes, weight, own)
         books = torch.arange(len(weight), device=device)[:, None] // rows
         cells = (books * entries + codes).flatten()
         none = torch.zeros(levels.numel(), device=device)

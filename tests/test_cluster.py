@@ -136,9 +136,9 @@ def test_threads_do_not_change_a_bit() -> None:
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5])
-def test_nested_codebooks_are_nearly_as_good_as_their_own(bits: int) -> None:
-    weight = torch.randn(8, 4096, generator=torch.Generator().manual_seed(8)).bfloat16()
+@pytest.mark.parametrize(("bits", "columns"), [(2, 4096), (3, 4096), (4, 4096), (5, 4096), (6, 16384), (8, 65536)])
+def test_nested_codebooks_are_nearly_as_good_as_their_own(bits: int, columns: int) -> None:
+    weight = torch.randn(2, columns, generator=torch.Generator().manual_seed(8)).bfloat16()
     codes, codebooks = cluster.nested(weight, bits)
     assert [book.shape[1] for book in codebooks] == [1 << b for b in range(2, bits + 1)]
     for width, book in enumerate(codebooks, 2):
@@ -176,3 +176,24 @@ def test_a_price_leads_to_the_best_of_its_number_of_intervals() -> None:
         parts = [values[cuts[k] : cuts[k + 1]] for k in range(count)]
         left = sum(float((part - part.mean()).square().sum()) for part in parts)
         assert left <= slow(values, count, torch.ones(60)) + 1e-9
+
+
+@pytest.mark.parametrize("kind", ["one", "two", "few", "zeros", "outlier"])
+def test_nested_codebooks_of_awkward_rows_are_ascending_and_nearest(kind: str) -> None:
+    row = {
+        "one": torch.full((1, 40), 3.0),
+        "two": torch.tensor([[-1.0, 2.0] * 10]),
+        "few": torch.tensor([[1.0, 2.0, 4.0, 8.0, 16.0]]),
+        "zeros": torch.zeros(1, 7),
+        "outlier": torch.cat(
+            [torch.randn(1, 99, generator=torch.Generator().manual_seed(0)), torch.tensor([[1e4]])], 1
+        ),
+    }[kind].bfloat16()
+    codes, codebooks = cluster.nested(row, 5)
+    for width, book in enumerate(codebooks, 2):
+        assert (book.diff(dim=1) >= 0).all() and book.isfinite().all()
+        distinct = len(row.unique())
+        found = book.gather(1, (codes >> (5 - width)).long())
+        if width == 5 and distinct <= 5:
+            assert torch.equal(found, row.float())
+        assert (found - row.float()).square().sum() <= (row.float() - row.float().mean()).square().sum() + 1e-6

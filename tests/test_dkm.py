@@ -86,9 +86,8 @@ def test_what_is_not_trained_stays_as_it_is(bits: int, options: dict[str, Any]) 
 
 
 def test_weights_that_were_moved_to_another_entry_stay_there() -> None:
-    weight, levels = torch.tensor([[0.1, 0.9, 2.1, 0.2]]), torch.tensor([[0.0, 1.0, 2.0, 3.0]])
-    codes = torch.tensor([[1, 1, 2, 3]], dtype=torch.uint8)
-    made = Clusters(weight, codes, levels, 1, None)
+    codes, levels = torch.tensor([[1, 1, 2, 3]], dtype=torch.uint8), torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+    made = Clusters(None, codes, levels, 1, None)
     assert torch.equal(made.codes(levels), codes)
     torch.testing.assert_close(made.multiply(torch.eye(4)), torch.tensor([[1.0], [1.0], [2.0], [3.0]]))
 
@@ -114,9 +113,7 @@ def test_fifty_times_less_is_kept_than_by_the_soft_assignment_itself() -> None:
     made, levels, _ = clusters(weight, 8, 256)
     own = saved_bytes(lambda: made.multiply(x))
     indices, values = 256 * 1024, 4 * 256
-    assert own == indices + values + 4 * x.numel() + 4 * (
-        8 + 1 + 1
-    )  # codebook, temperature, and what scales its parameters
+    assert own == indices + values + 4 * x.numel() + 4 * (8 + 1 + 1)  # codebook, its mean gap, temperature
     shift = levels.clone().requires_grad_()
     plain = saved_bytes(lambda: F.linear(x, attended(weight, shift.expand(256, 8))))
     assert plain > 50 * own

@@ -76,7 +76,7 @@ def test_everything_stored_is_counted() -> None:
     sparse = round(0.005 * math.prod(shape)) * 32 + 4097 * 32
     assert bits(Kmeans(outliers=0.005), shape) == 4 + 16 * 16 / 1024 + sparse / math.prod(shape)
     assert bits(Kmeans(codebook="bitmod3"), shape) == 3 + 16 / 128 + 32 / 1024  # 8 selectors of 2 bits in one word
-    assert bits(Kmeans(nested=True), shape) == 4 + 16 * (4 + 8 + 16) / 1024
+    assert bits(Kmeans(nested=True), shape) == 4 + 16 * (4 + 8 + 16) / (1 << 16)  # 64 rows share
 
 
 @pytest.mark.parametrize("width", [2, 3])
@@ -222,20 +222,25 @@ def test_the_best_of_four_grids_is_better_than_the_basic_one() -> None:
     assert errors["four"] < 0.98 * errors["one"]
 
 
-@pytest.mark.parametrize("options", [{}, {"granularity": "group", "entries": "int8", "scale": True}], ids=str)
-def test_a_nested_weight_is_read_at_any_width(options: dict[str, Any]) -> None:
-    weight, scheme = gaussian((32, 1024)), Kmeans(bits=4, nested=True, **RTN, **options)
+@pytest.mark.parametrize(
+    ("bits", "options"),
+    [(2, {}), (4, {}), (6, {}), (4, {"granularity": "group", "entries": "int8", "scale": True})],
+    ids=str,
+)
+def test_a_nested_weight_is_read_at_any_width(bits: int, options: dict[str, Any]) -> None:
+    """Within 5 % of the error of codebooks of their own, which as many rows share: here all."""
+    weight, scheme = gaussian((32, 1024)), Kmeans(bits=bits, nested=True, **RTN, **options)
     tensors = scheme.encode(weight)
-    for width in range(2, 5):
+    for width in range(2, bits + 1):
         narrow, fewer = scheme.recode(tensors, bits=width)
         assert fewer["indices"].shape == (width, 32, 32)
         narrow.check({name: compress.scheme.Spec.of(name, tensor) for name, tensor in fewer.items()})
-        own = Kmeans(bits=width, **RTN, **options)
+        own = Kmeans(bits=width, **RTN, **{**options, "granularity": "tensor"})
         errors = [
             float((w - weight).float().norm()) ** 2 for w in (narrow.decode(fewer), own.decode(own.encode(weight)))
         ]
         assert errors[0] <= 1.05 * errors[1]
-    for wrong in ({"bits": 5}, {"bits": 1}, {"group_size": 3}):
+    for wrong in ({"bits": bits + 1}, {"bits": 1}, {"group_size": 3}):
         with pytest.raises(ValueError, match="cannot be chosen at loading"):
             scheme.recode(tensors, **wrong)
 
