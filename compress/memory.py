@@ -11,10 +11,12 @@ from compress.planning import Plan, weight_shape
 from compress.scheme import Spec
 from compress.structure import Structure
 
+TRAINED_BYTES = 13  # for a weight: its index, itself and its gradient decoded, its place
+
 
 def calibration_bytes(plan: Plan, structure: Structure, specs: Mapping[str, Spec]) -> int:
     """At most what a block takes in float32, as it is and as it was, with a Hessian for each layer that wants one and
-    what is missing to it, or with gradients and their squares; and embeddings whose channels are reordered, which are
+    what is missing to it and with what is trained, or with gradients and their squares; and embeddings whose channels are reordered, which are
     then no longer mapped. Activations are not counted, which lie in files but for one batch, or while gradients are
     taken for one sample."""
     if not plan.needs_calibration:
@@ -22,11 +24,14 @@ def calibration_bytes(plan: Plan, structure: Structure, specs: Mapping[str, Spec
     model, linears = structure.model, structure.linears
     sizes = {name: 4 * sum(p.numel() for p in block.parameters()) for name, block in decoder_blocks(model).items()}
     for module, packed in plan.modules.items():
-        if module in linears and (packed.scheme.needs_hessian or packed.scheme.needs_fisher):
+        scheme = packed.scheme
+        if module in linears and (scheme.needs_hessian or scheme.needs_fisher or scheme.refines):
             block = next((name for name in sizes if linears[module].path.startswith(f"{name}.")), "")
             rows, width = weight_shape(packed, specs[packed.source])
-            fitted = 4 * width * (width + 2 * rows) if packed.scheme.needs_hessian else 0
-            sizes[block] = sizes.get(block, 0) + max(fitted, 8 * rows * width * packed.scheme.needs_fisher)
+            fitted = 4 * width * (width + 2 * rows) if scheme.needs_hessian else 0
+            trained = (4 + TRAINED_BYTES) * rows * width if scheme.refines else 0
+            measured = 8 * rows * width if scheme.needs_fisher else 0
+            sizes[block] = sizes.get(block, 0) + max(fitted + trained, measured)
     schemes = [packed.scheme for packed in plan.modules.values()]
     head = model.get_output_embeddings()
     if head is not None and any(scheme.needs_fisher for scheme in schemes):
