@@ -16,9 +16,9 @@ TRAINED_BYTES = 13  # for a weight: its index, itself and its gradient decoded, 
 
 def calibration_bytes(plan: Plan, structure: Structure, specs: Mapping[str, Spec]) -> int:
     """At most what a block takes in float32, as it is and as it was, with a Hessian for each layer that wants one and
-    what is missing to it and with what is trained, or with gradients and their squares; and embeddings whose channels are reordered, which are
-    then no longer mapped. Activations are not counted, which lie in files but for one batch, or while gradients are
-    taken for one sample."""
+    what is missing to it and with what is trained, or with gradients and their squares; and embeddings whose channels
+    are reordered, which are then no longer mapped. Activations are not counted, which lie in files but for one batch,
+    or while gradients are taken for one sample."""
     if not plan.needs_calibration:
         return 0
     model, linears = structure.model, structure.linears
