@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from compress.formats.bfp import Format
 from compress.kernels import bfp as kernels
 from compress.kernels import cpu, decode
 from compress.kernels.cpu import Product
+from compress.kernels.prepared import Prepared
 from compress.microscaling import Element, compensate_on, search
 from compress.scheme import Scheme, Spec, Tensors
 from compress.stats import Stats
@@ -110,26 +111,30 @@ class Bfp(Scheme):
         found = search(weight, exponents - form.lowest, steps, (0, 1, -1), len(steps) - 1, self._element, stats)
         return found + form.lowest
 
-    def decode(self, tensors: Tensors) -> Tensor:
+    def decode(self, tensors: Any) -> Tensor:
+        """tensors: as stored, or as `prepare` returns them."""
+        if isinstance(tensors, Prepared):
+            return tensors.decode()
         like = tensors["like"]
         form = self._format(like.dtype)
         return decode.bfp(tensors["mantissa"], tensors["exponent"], form, like.shape[2])
+
+    def prepare(self, tensors: Tensors) -> Any:
+        like = tensors["like"]
+        form = self._format(like.dtype)
+        found = kernels.on_gpu(tensors["mantissa"], tensors["exponent"], form, like.shape[2])
+        return found or super().prepare(tensors)
 
     def product(self, tensors: Tensors) -> Product | None:
         mantissas, exponents, bits = tensors["mantissa"], tensors["exponent"], self.mantissa_bits
         return cpu.integers(mantissas, exponents, None, bits, self.block_size, tensors["like"].shape[2], bits - 2)
 
-    def rows(self, tensors: Tensors, index: Tensor) -> Tensor:
+    def rows(self, tensors: Any, index: Tensor) -> Tensor:
+        if isinstance(tensors, Prepared):
+            return super().rows(tensors, index)
         flat = index.flatten()
         chosen = {name: tensors[name][flat] for name in ("mantissa", "exponent")}
         return self.decode({**chosen, "like": tensors["like"]}).view(*index.shape, -1)
-
-    def linear(self, x: Tensor, tensors: Tensors, bias: Tensor | None = None) -> Tensor:
-        """x: (..., in_features). Returns (..., out_features); on a GPU without a decoded weight for a few tokens."""
-        differentiated = torch.is_grad_enabled() and x.requires_grad  # the fused kernel has no backward pass
-        form = self._format(tensors["like"].dtype)
-        y = None if differentiated else kernels.linear(x, tensors["mantissa"], tensors["exponent"], form, bias)
-        return super().linear(x, tensors, bias) if y is None else y
 
     @property
     def _element(self) -> Element:

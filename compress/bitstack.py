@@ -17,6 +17,7 @@ from torch import Tensor
 
 from compress.kernels import bitstack as kernels
 from compress.kernels.bitstack import Planes
+from compress.kernels.op import Packed
 from compress.lowrank import truncated_svd
 from compress.nested import fit_steps
 from compress.scheme import Scheme, Spec, Tensors
@@ -95,23 +96,23 @@ class Bitstack(Scheme):
         return tensors
 
     def decode(self, tensors: Any) -> Tensor:
-        return kernels.decode(self._planes(tensors))
+        return self._packed(tensors).decode()
 
-    def prepare(self, tensors: Tensors) -> Planes:
+    def prepare(self, tensors: Tensors) -> Packed:
         blocks = _blocks(tensors)
         steps = [tensors[f"steps_{block}"] for block in range(blocks)]
         planes = tuple(tensors[f"plane_{block}"] for block in range(blocks))
-        return Planes(planes, tensors["u"], tensors["v"], kernels.expand(steps), tensors["like"].dtype)
+        return kernels.pack(Planes(planes, tensors["u"], tensors["v"], kernels.expand(steps), tensors["like"].dtype))
 
     def prepared_bytes(self, specs: Mapping[str, Spec]) -> int:
         return 4 << max(map(self.block_of, specs))  # the level of every code
 
     def rows(self, tensors: Any, index: Tensor) -> Tensor:
-        stack = self._planes(tensors)
+        stack = self._packed(tensors).weight
         return kernels.decode(stack.rows(index.flatten())).view(*index.shape, -1)
 
     def linear(self, x: Tensor, tensors: Any, bias: Tensor | None = None) -> Tensor:
-        return kernels.linear(x, self._planes(tensors), bias)
+        return self._packed(tensors).linear(x, bias)
 
     def original(self, specs: Mapping[str, Spec]) -> Spec:
         return Spec(specs["like"].dtype, specs["like"].shape[1:])
@@ -128,8 +129,8 @@ class Bitstack(Scheme):
         """`check` where all blocks must be there."""
         super().check(specs)
 
-    def _planes(self, tensors: Any) -> Planes:
-        return tensors if isinstance(tensors, Planes) else self.prepare(tensors)
+    def _packed(self, tensors: Any) -> Packed:
+        return tensors if isinstance(tensors, Packed) else self.prepare(tensors)
 
     def _importance(self, weight: Tensor, stats: Stats | None) -> Tensor:
         """How much an error in each column matters: (n,) float32, of mean 1."""

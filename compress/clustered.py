@@ -16,6 +16,7 @@ from compress import codebooks, outliers
 from compress.formats import bitpack, datatypes
 from compress.kernels import cpu, lookup
 from compress.kernels.cpu import Product
+from compress.kernels.prepared import Prepared
 from compress.scheme import Scheme, Spec, Tensors
 
 NESTED_VALUES = 1 << 16  # share a codebook at least: of fewer, the best cells of two widths differ too much
@@ -91,7 +92,7 @@ class Clustered(Scheme):
 
     def decode(self, tensors: Any) -> Tensor:
         """tensors: as stored, or as `prepare` returns them."""
-        if isinstance(tensors, lookup.OnGpu):
+        if isinstance(tensors, Prepared):
             return tensors.decode()
         like: Tensor = tensors["like"]
         shape = (like.shape[1], like.shape[2])
@@ -124,15 +125,6 @@ class Clustered(Scheme):
             return cpu.tables(indices, tensors["scale"], levels, self.block_size, shape)
         books, rows, _ = self.levels(tensors, *shape)
         return cpu.tables(indices, None, codebooks.cast(books[:, 0], like.dtype), shape[1], shape, rows)
-
-    def linear(self, x: Tensor, tensors: Any, bias: Tensor | None = None) -> Tensor:
-        """tensors: as stored, or as `prepare` returns them: then without a decoded weight for a few tokens."""
-        differentiated = torch.is_grad_enabled() and x.requires_grad  # the fused kernel has no backward pass
-        if isinstance(tensors, lookup.OnGpu) and not differentiated:
-            y = tensors.linear(x, bias)
-            if y is not None:
-                return y
-        return super().linear(x, tensors, bias)
 
     def recode(self, tensors: Tensors, **options: Any) -> tuple[Scheme, Tensors]:
         """bits: how many to run with, of those that a nested weight has."""

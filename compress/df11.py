@@ -22,6 +22,7 @@ from compress.formats.words import WIDTHS, join, split
 from compress.kernels import cpu
 from compress.kernels import df11 as kernels
 from compress.kernels.cpu import Product
+from compress.kernels.prepared import Prepared
 from compress.scheme import Scheme, Spec, Tensors
 from compress.stats import Stats
 
@@ -113,12 +114,10 @@ class Df11(Scheme):
             tensors["like"] = torch.empty((0, *weight.shape), dtype=weight.dtype)
         return tensors if sum(tensor.nbytes for tensor in tensors.values()) < weight.nbytes else {"weight": weight}
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it is compiled already
     def decode(self, tensors: Any) -> Tensor:
         """tensors: as stored, or as `prepare` returns them. Raises ValueError where the codes are damaged."""
-        if isinstance(tensors, _Prepared):
-            words = tensors.coded.decode().view(tensors.original.shape)
-            return join(words, tensors.low, tensors.original.dtype)
+        if isinstance(tensors, Prepared):
+            return tensors.decode()
         stored: Tensors = tensors
         if "weight" in stored:
             return stored["weight"]
@@ -128,26 +127,16 @@ class Df11(Scheme):
         return join(words, low, original.dtype).to(stored["codes"].device)
 
     def prepare(self, tensors: Tensors) -> Any:
-        coded = None if "weight" in tensors else kernels.on_gpu(tensors)
-        if coded is None:
-            return super().prepare(tensors)
-        return _Prepared(_original(tensors), coded, tensors.get("low"))
+        if "weight" in tensors:
+            return tensors
+        original = _original(tensors)
+        return kernels.on_gpu(tensors, original.shape, original.dtype) or super().prepare(tensors)
 
     def product(self, tensors: Tensors) -> Product | None:
         if "base" not in tensors or "like" in tensors or tensors["sign_mantissa"].dim() != 2:
             return None
         rows, columns = tensors["sign_mantissa"].shape
         return cpu.fixed_words(tensors, (rows, columns))
-
-    def linear(self, x: Tensor, tensors: Any, bias: Tensor | None = None) -> Tensor:
-        """tensors: as stored, or as `prepare` returns them: then without a decoded weight where coding=fixed."""
-        differentiated = torch.is_grad_enabled() and x.requires_grad  # the fused kernel has no backward pass
-        fits = isinstance(tensors, _Prepared) and tensors.low is None and tensors.original.dtype != torch.float16
-        if fits and not differentiated:
-            y: Tensor | None = tensors.coded.linear(x, bias)
-            if y is not None:
-                return y
-        return super().linear(x, tensors, bias)
 
     def recode(self, tensors: Tensors, **options: Any) -> tuple[Scheme, Tensors]:
         scheme = Df11(**options)
@@ -156,9 +145,8 @@ class Df11(Scheme):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def rows(self, tensors: Any, index: Tensor) -> Tensor:
         """decode(tensors)[index]; on the CPU from the chunks that hold these rows. The weight is (rows, columns)."""
-        if isinstance(tensors, _Prepared):
-            whole: Tensor = self.decode(tensors)
-            return whole[index]
+        if isinstance(tensors, Prepared):
+            return super().rows(tensors, index)
         stored: Tensors = tensors
         rows, columns = _original(stored).shape
         unique, inverse = index.cpu().unique(return_inverse=True)
@@ -204,15 +192,6 @@ class Df11(Scheme):
 
     def _is_fixed(self, dtype: torch.dtype) -> bool:
         return self.coding == "fixed" and dtype in (torch.bfloat16, torch.float32)
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A weight on a GPU, laid out for its kernels."""
-
-    original: Spec
-    coded: kernels.OnGpu
-    low: Tensor | None
 
 
 def _original(tensors: Tensors) -> Spec:

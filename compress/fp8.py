@@ -19,6 +19,7 @@ from compress.formats import float8
 from compress.kernels import activations as kernels
 from compress.kernels import cpu, decode, groups
 from compress.kernels.cpu import Product
+from compress.kernels.prepared import Prepared, with_input_scale
 from compress.scheme import Scheme, Spec, Tensors
 from compress.stats import Stats
 
@@ -80,7 +81,7 @@ class Fp8(Scheme):
 
     def decode(self, tensors: Any) -> Tensor:
         """tensors: as stored, or as `prepare` returns them."""
-        if isinstance(tensors, groups.OnGpu):
+        if isinstance(tensors, Prepared):
             return tensors.decode()
         scales, block = self._blocks(tensors)
         return decode.e4m3(tensors["weight"], scales, block)
@@ -90,9 +91,9 @@ class Fp8(Scheme):
 
     def prepare(self, tensors: Tensors) -> Any:
         weight, (scales, block) = tensors["weight"], self._blocks(tensors)
-        shape, kind = (weight.shape[0], weight.shape[1]), {"form": "e4m3"}
-        found = groups.on_gpu(weight, scales, shape, 8, block, scales.dtype, **kind)
-        return found and replace(found, input_scale=tensors.get("input_scale")) or super().prepare(tensors)
+        shape = (weight.shape[0], weight.shape[1])
+        found = groups.on_gpu(weight, scales, shape, scales.dtype, 8, block, form="e4m3")
+        return with_input_scale(found, tensors) or super().prepare(tensors)
 
     def _blocks(self, tensors: Tensors) -> tuple[Tensor, tuple[int, int]]:
         """The scales as (m, n), and the rows and columns that each is for."""

@@ -19,6 +19,7 @@ from compress.fold import Kind
 from compress.formats import bitpack
 from compress.kernels import cpu, decode, groups
 from compress.kernels.cpu import Product
+from compress.kernels.prepared import Prepared
 from compress.scheme import Scheme, Spec, Tensors
 from compress.stats import Stats
 
@@ -121,7 +122,7 @@ class Int4(Scheme):
 
     def decode(self, tensors: Any) -> Tensor:
         """tensors: as stored, or as `prepare` returns them."""
-        if isinstance(tensors, groups.OnGpu):
+        if isinstance(tensors, Prepared):
             return tensors.decode()
         packed, scales = tensors["weight_packed"], tensors["weight_scale"]
         return decode.groups(packed, scales, self._zeros(tensors), self.bits, self.group_size)
@@ -130,7 +131,7 @@ class Int4(Scheme):
         packed, scales = tensors["weight_packed"], tensors["weight_scale"]
         shape, zeros = (len(scales), scales.shape[1] * self.group_size), self._zeros(tensors)
         block = (1, self.group_size)
-        found = groups.on_gpu(packed, scales, shape, self.bits, block, scales.dtype, zeros=zeros)
+        found = groups.on_gpu(packed, scales, shape, scales.dtype, self.bits, block, zeros=zeros)
         return found or super().prepare(tensors)
 
     def product(self, tensors: Tensors) -> Product | None:

@@ -18,6 +18,7 @@ from compress.int4 import Int4
 from compress.kernels import activations as kernels
 from compress.kernels import groups
 from compress.kernels.cpu import Product
+from compress.kernels.prepared import Prepared, with_input_scale
 from compress.scheme import Spec, Tensors
 from compress.stats import Stats
 
@@ -89,7 +90,7 @@ class Int8(Int4):
         return {"weight": codes.view(torch.int8), "weight_scale": packed["weight_scale"], **scales}
 
     def decode(self, tensors: Any) -> Tensor:
-        if not self._quantizes or isinstance(tensors, groups.OnGpu):
+        if not self._quantizes or isinstance(tensors, Prepared):
             return super().decode(tensors)
         weight, scales = tensors["weight"], tensors["weight_scale"]
         decoded: Tensor = weight.to(scales.dtype) * scales
@@ -99,9 +100,9 @@ class Int8(Int4):
         if not self._quantizes:
             return super().prepare(tensors)
         weight, scales = tensors["weight"], tensors["weight_scale"]
-        shape, kind = (weight.shape[0], weight.shape[1]), {"form": "signed"}
-        found = groups.on_gpu(weight, scales, shape, 8, (1, max(1, shape[1])), scales.dtype, **kind)
-        return found and replace(found, input_scale=tensors.get("input_scale")) or super().prepare(tensors)
+        shape = (weight.shape[0], weight.shape[1])
+        found = groups.on_gpu(weight, scales, shape, scales.dtype, 8, (1, max(1, shape[1])), form="signed")
+        return with_input_scale(found, tensors) or tensors
 
     def product(self, tensors: Tensors) -> Product | None:
         return None if self._quantizes else super().product(tensors)

@@ -19,6 +19,7 @@ from compress.formats import float4, float8
 from compress.formats.float4 import E8M0
 from compress.kernels import cpu, decode, groups
 from compress.kernels.cpu import Product
+from compress.kernels.prepared import Prepared
 from compress.microscaling import E2M1, E4M3, Microscaling, search
 from compress.scheme import Spec, Tensors
 from compress.stats import Stats
@@ -92,17 +93,16 @@ class Mxfp4(_Mx):
 
     def decode(self, tensors: Any) -> Tensor:
         """tensors: as stored, or as `prepare` returns them."""
-        if isinstance(tensors, groups.OnGpu):
+        if isinstance(tensors, Prepared):
             return tensors.decode()
         scales = _scales(tensors["weight_scale"])
         return decode.e2m1(tensors["weight_packed"], scales, self.block, self.torch_dtype)
 
     def prepare(self, tensors: Tensors) -> Any:
         packed, scales = tensors["weight_packed"], tensors["weight_scale"]
-        shape, kind = (packed.shape[0], 2 * packed.shape[1]), {"form": "e2m1"}
-        return groups.on_gpu(packed, scales, shape, 4, (1, self.block), self.torch_dtype, **kind) or super().prepare(
-            tensors
-        )
+        shape, block = (packed.shape[0], 2 * packed.shape[1]), (1, self.block)
+        found = groups.on_gpu(packed, scales, shape, self.torch_dtype, 4, block, form="e2m1")
+        return found or super().prepare(tensors)
 
     def product(self, tensors: Tensors) -> Product | None:
         packed, exponents = tensors["weight_packed"], tensors["weight_scale"]
@@ -140,16 +140,15 @@ class Mxfp8(_Mx):
 
     def decode(self, tensors: Any) -> Tensor:
         """tensors: as stored, or as `prepare` returns them."""
-        if isinstance(tensors, groups.OnGpu):
+        if isinstance(tensors, Prepared):
             return tensors.decode()
         return decode.e4m3(tensors["weight"], _scales(tensors["weight_scale"]), (1, self.block), self.torch_dtype)
 
     def prepare(self, tensors: Tensors) -> Any:
-        weight, kind = tensors["weight"], {"form": "e4m3"}
+        weight, scales = tensors["weight"], tensors["weight_scale"]
         shape, block = (weight.shape[0], weight.shape[1]), (1, self.block)
-        return groups.on_gpu(
-            weight, tensors["weight_scale"], shape, 8, block, self.torch_dtype, **kind
-        ) or super().prepare(tensors)
+        found = groups.on_gpu(weight, scales, shape, self.torch_dtype, 8, block, form="e4m3")
+        return found or super().prepare(tensors)
 
     def product(self, tensors: Tensors) -> Product | None:
         return cpu.e4m3(tensors["weight"], tensors["weight_scale"], (1, self.block))

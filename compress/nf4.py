@@ -1,6 +1,6 @@
 """nf4 (QLoRA, arXiv:2305.14314) in bitsandbytes' own layout: 4-bit levels of a normal distribution, in blocks.
 
-What bitsandbytes' `Linear4bit` saves, so that it loads there. Data-free; a fused product is not there.
+What bitsandbytes' `Linear4bit` saves, so that it loads there. Data-free.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from compress.formats import nf4
 from compress.kernels import cpu
-from compress.kernels.cpu import Product
-from compress.kernels.nf4 import decode
+from compress.kernels import nf4 as kernels
+from compress.kernels.prepared import Prepared
 from compress.scheme import Scheme, Spec, Tensors
 from compress.stats import Stats
 
@@ -82,21 +82,21 @@ class Nf4(Scheme):
 
     def prepare(self, tensors: Tensors) -> Any:
         state = State.unpack(Spec.of("quant_state", tensors["quant_state"]).text or b"")
+        absmax, levels = tensors["absmax"], tensors["quant_map"]
+        if state.offset is not None:
+            nested = tensors["nested_absmax"].repeat_interleave(nf4.NESTED_BLOCK)[: absmax.numel()]
+            absmax = tensors["nested_quant_map"][absmax.int()] * nested + state.offset
+        found = kernels.pack(tensors["weight"], absmax, levels, state.block_size, state.shape, state.dtype)
         rows, columns = state.shape
-        product = None
         if columns % state.block_size == 0:  # otherwise blocks go on from one row to the next
-            scales = _absmax(tensors, state).view(rows, -1)
-            levels = tensors["quant_map"][None]
-            product = cpu.tables(tensors["weight"], scales, levels, state.block_size, (rows, columns), high_first=True)
-        return _Prepared(tensors, state, product)
+            how = (levels[None], state.block_size, (rows, columns))
+            found.product = cpu.tables(tensors["weight"], absmax.view(rows, -1), *how, high_first=True)
+        return found
 
     def decode(self, tensors: Any) -> Tensor:
         """tensors: as stored, or as `prepare` returns them."""
-        if not isinstance(tensors, _Prepared):
-            return self.decode(self.prepare(tensors))
-        stored, state = tensors.tensors, tensors.state
-        absmax = _absmax(stored, state)
-        return decode(stored["weight"], absmax, stored["quant_map"], state.block_size, state.shape, state.dtype)
+        weight: Tensor = (tensors if isinstance(tensors, Prepared) else self.prepare(tensors)).decode()
+        return weight
 
     @property
     def interchange(self) -> dict[str, Any]:
@@ -148,19 +148,3 @@ class State:
             return cls(fields["blocksize"], dtype, tuple(shape), None if offset is None else float(offset))
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"quant_state is none that bitsandbytes writes for nf4 ({error})") from None
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    tensors: Tensors
-    state: State
-    product: Product | None
-
-
-def _absmax(tensors: Tensors, state: State) -> Tensor:
-    """Of each block, float32."""
-    absmax = tensors["absmax"]
-    if state.offset is None:
-        return absmax
-    levels, nested = tensors["nested_quant_map"], tensors["nested_absmax"]
-    return levels[absmax.int()] * nested.repeat_interleave(nf4.NESTED_BLOCK)[: absmax.numel()] + state.offset

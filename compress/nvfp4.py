@@ -20,6 +20,7 @@ from compress.formats.float4 import E2M1_MAX
 from compress.formats.float8 import E4M3_MAX
 from compress.kernels import cpu, decode, groups
 from compress.kernels.cpu import Product
+from compress.kernels.prepared import Prepared
 from compress.microscaling import E2M1, Microscaling, search
 from compress.scheme import Spec, Tensors
 from compress.stats import Stats
@@ -78,16 +79,14 @@ class Nvfp4(Microscaling):
 
     def prepare(self, tensors: Tensors) -> Any:
         packed, scales = tensors["weight_packed"], tensors["weight_scale"]
-        if not groups.runs_on(packed.device):
-            return super().prepare(tensors)
-        shape, divisor = (packed.shape[0], 2 * packed.shape[1]), float(tensors["weight_global_scale"])
-        kind = {"form": "e2m1", "divisor": divisor}
-        found = groups.on_gpu(packed, scales, shape, 4, (1, self.block), self.torch_dtype, **kind)
+        shape, block = (packed.shape[0], 2 * packed.shape[1]), (1, self.block)
+        by = tensors["weight_global_scale"]
+        found = groups.on_gpu(packed, scales, shape, self.torch_dtype, 4, block, "e2m1", divisor=by)
         return found or super().prepare(tensors)
 
     def decode(self, tensors: Any) -> Tensor:
         """tensors: as stored, or as `prepare` returns them."""
-        if isinstance(tensors, groups.OnGpu):
+        if isinstance(tensors, Prepared):
             return tensors.decode()
         scales = tensors["weight_scale"].float() / tensors["weight_global_scale"]
         return decode.e2m1(tensors["weight_packed"], scales, self.block, self.torch_dtype)

@@ -182,18 +182,22 @@ class Scheme(ABC):
     def original(self, specs: Mapping[str, Spec]) -> Spec:
         """Shape and dtype of the weight that was encoded, from the headers of its stored tensors alone."""
 
+    def dtype_of(self, tensors: Tensors) -> torch.dtype:
+        """The dtype of the weight that was encoded."""
+        return self.original({local: Spec.of(local, tensor) for local, tensor in tensors.items()}).dtype
+
     def linear(self, x: Tensor, tensors: Any, bias: Tensor | None = None) -> Tensor:
         """x: (..., in_features). Returns (..., out_features).
 
         tensors: as stored, or as `prepare` returns them: then without a decoded weight where that is better.
         """
+        y = cpu.multiply(x, tensors, bias, lambda: self.decode(tensors))
+        if y is not None:
+            return y
         differentiated = torch.is_grad_enabled() and x.requires_grad  # fused kernels have no backward pass
         if isinstance(tensors, Prepared) and not differentiated:
-            y = tensors.linear(x, bias)
-            if y is not None:
-                return y
-        y = cpu.multiply(x, tensors, bias, lambda: self.decode(tensors))
-        return cpu.dense(x, self.decode(tensors), bias) if y is None else y
+            return tensors.linear(x, bias)
+        return cpu.dense(x, self.decode(tensors), bias)
 
     @property
     def interchange(self) -> dict[str, Any] | None:

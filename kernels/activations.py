@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.kernels.groups import OnGpu
+from compress.kernels.prepared import Prepared
 
 E4M3_MAX = 448.0
 INT8_MIN, INT8_MAX = -128.0, 127.0
@@ -18,7 +18,7 @@ INT8_MIN, INT8_MAX = -128.0, 127.0
 
 def static_scale(tensors: Any) -> Tensor | None:
     """The scale of all activations that is stored beside a weight, if one is; None where each token has its own."""
-    return tensors.input_scale if isinstance(tensors, OnGpu) else tensors.get("input_scale")
+    return tensors.input_scale if isinstance(tensors, Prepared) else tensors.get("input_scale")
 
 
 def e4m3(x: Tensor, scale: Tensor | None = None, group_size: int | None = None) -> Tensor:

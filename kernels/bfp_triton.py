@@ -9,6 +9,7 @@ from torch import Tensor
 
 from compress.formats.bfp import Format
 from compress.kernels import bfp_kernels as kernels
+from compress.kernels import sums
 
 PROGRAMS = 512  # a grid of so many gives each of about 130 multiprocessors several
 FUSED_TOKENS = 256  # W is unpacked anew for every 128 of them
@@ -59,5 +60,4 @@ def linear(x: Tensor, mantissas: Tensor, exponents: Tensor, form: Format, bias: 
                 num_warps=4 if block_m <= 32 else 8,
                 num_stages=3 if block_m == 16 else 2,
             )
-    y = partial.sum(0) if bias is None else partial.sum(0) + bias.float()
-    return y.to(x.dtype).view(*x.shape[:-1], rows)
+    return sums.finish(partial, bias, x.dtype).view(*x.shape[:-1], rows)

@@ -8,8 +8,6 @@ column 8 j + t.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
-from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -17,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compress.formats.compiled import empty, float_bits, in_threads, jit
+from compress.kernels import prepared
+from compress.kernels.op import Layout, Packed
 
 FLOOR = 1 / 16  # of the first factors' product: where the others take more than that away, they do no longer
 ROWS_AT_ONCE = 1 << 20  # weights that `linear` decodes at a time
@@ -26,7 +26,8 @@ ROWS_AT_ONCE = 1 << 20  # weights that `linear` decodes at a time
 class Planes:
     """A weight of shape (m, n), or some rows of it.
 
-    planes: each (m, ceil(n / 8)) uint8. u: (m, k), v: (k, n) bfloat16. levels: (2**(planes - 1),) float32.
+    planes: each (m, ceil(n / 8)) uint8. u: (m, k), v: (k, n) bfloat16. levels: (2**(planes - 1),) float32. addresses:
+    (planes,) int64, where the planes lie, or None.
     """
 
     planes: tuple[Tensor, ...]
@@ -34,19 +35,20 @@ class Planes:
     v: Tensor
     levels: Tensor
     dtype: torch.dtype
+    addresses: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.u.shape[0], self.v.shape[1]
 
-    @cached_property
-    def addresses(self) -> Tensor:
-        """Where the planes lie: (planes,) int64, on their device."""
-        return torch.tensor([plane.data_ptr() for plane in self.planes], device=self.u.device)
-
     def rows(self, index: Tensor | slice) -> Planes:
         """Those rows of it. index: (count,) int64."""
-        return replace(self, planes=tuple(plane[index] for plane in self.planes), u=self.u[index])
+        return replace(self, planes=tuple(plane[index] for plane in self.planes), u=self.u[index], addresses=None)
+
+    def located(self) -> Planes:
+        """With the addresses, which a kernel reads where the planes are."""
+        places = [plane.data_ptr() for plane in self.planes]
+        return replace(self, addresses=torch.tensor(places, device=self.u.device))
 
 
 def expand(steps: list[Tensor]) -> Tensor:
@@ -122,7 +124,7 @@ def scale(u: Tensor, v: Tensor) -> Tensor:
 def linear(x: Tensor, stack: Planes, bias: Tensor | None = None) -> Tensor:
     """x @ W.T + bias, (..., n) -> (..., m), from a few rows of W at a time: no dense weight is ever there."""
     m, n = stack.shape
-    if x.device.type == "cuda" and find_spec("triton") is not None:
+    if prepared.runs_triton(x.device):
         from compress.kernels import bitstack_triton  # imports triton, which a machine without a GPU need not have
 
         # The fused kernel has no backward pass, and many tokens are worth a decoded weight.
@@ -136,6 +138,14 @@ def linear(x: Tensor, stack: Planes, bias: Tensor | None = None) -> Tensor:
         rows = slice(first, first + step)
         y[..., rows] = F.linear(x, decode(stack.rows(rows)).to(x.dtype), None if bias is None else bias[rows])
     return y
+
+
+def pack(stack: Planes) -> Packed:
+    """The weight for its device."""
+    return LAYOUT(**vars(stack.located() if prepared.runs_triton(stack.u.device) else stack))
+
+
+LAYOUT = Layout("bitstack", Planes, decode, linear)
 
 
 def _bits(plane: Tensor, count: int) -> Tensor:

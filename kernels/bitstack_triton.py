@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compress.kernels import bitstack_kernels
+from compress.kernels import bitstack_kernels, sums
 from compress.kernels.bitstack import FLOOR, Planes
 
 PROGRAMS = 512  # a grid of so many gives each of about 130 multiprocessors several
@@ -40,7 +40,7 @@ def linear(x: Tensor, stack: Planes, bias: Tensor | None = None) -> Tensor:
     if partial.numel():
         with torch.cuda.device_of(x):
             bitstack_kernels.matmul[(across, down, split)](
-                stack.addresses,
+                (stack if stack.addresses is not None else stack.located()).addresses,
                 stack.u,
                 stack.v,
                 stack.levels,
@@ -61,5 +61,4 @@ def linear(x: Tensor, stack: Planes, bias: Tensor | None = None) -> Tensor:
                 num_warps=4,
                 num_stages=2,
             )
-    y = partial.sum(0) if bias is None else partial.sum(0) + bias.float()
-    return y.to(x.dtype).view(*x.shape[:-1], n)
+    return sums.finish(partial, bias, x.dtype).view(*x.shape[:-1], n)

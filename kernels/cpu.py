@@ -65,7 +65,7 @@ class Prepared(dict[str, Tensor]):
 def multiply(x: Tensor, tensors: Any, bias: Tensor | None, decode: Callable[[], Tensor]) -> Tensor | None:
     """x @ W.T + bias where `tensors` have a `product` and that is faster than with decode(); None elsewhere."""
     product = getattr(tensors, "product", None)
-    if product is None or x.device.type != "cpu" or x.dtype not in _DTYPES:
+    if torch.compiler.is_compiling() or product is None or x.device.type != "cpu" or x.dtype not in _DTYPES:
         return None
     if torch.is_grad_enabled() and x.requires_grad:  # compiled products have no backward pass
         return None

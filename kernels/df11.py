@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from compress.formats import fixed, huffman
 from compress.formats.compiled import empty
+from compress.formats.words import join
+from compress.kernels import prepared
+from compress.kernels.op import Layout, Packed
 
 CHUNK = huffman.CHUNK
 
@@ -60,34 +63,83 @@ def decode_rows(tensors: dict[str, Tensor], shape: tuple[int, int], index: Tenso
 
 
 @dataclass(frozen=True)
-class OnGpu:
-    """The words of one weight on a GPU, laid out for the kernels of `kernels.df11_triton`: a Fixed or a Huffman."""
+class FixedOnGpu:
+    """The fields of a `df11_triton.Fixed`; low: the lower halves of float32, where any is not zero."""
 
-    coded: Any
+    sign_mantissa: Tensor
+    codes: Tensor
+    row_start: Tensor
+    escapes: Tensor
+    constants: Tensor
+    low: Tensor | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
-    def decode(self) -> Tensor:
-        """(n,) int16 or uint8."""
-        from compress.kernels import df11_triton
+    @property
+    def coded(self) -> Any:
+        from compress.kernels.df11_triton import Fixed  # imports triton, which a machine without a GPU need not have
 
-        is_fixed = isinstance(self.coded, df11_triton.Fixed)
-        words = df11_triton.decode_fixed(self.coded) if is_fixed else df11_triton.decode_huffman(self.coded)
-        return words.view(-1)
-
-    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
-        """x @ W.T + bias for a bfloat16 W with fixed-length codes and a few tokens; None where decoding W is better."""
-        from compress.kernels import df11_triton
-
-        few = x.numel() <= df11_triton.FUSED_TOKENS * x.shape[-1]
-        fused = few and isinstance(self.coded, df11_triton.Fixed)
-        return df11_triton.linear_fixed(x, self.coded, bias) if fused else None
+        return Fixed(self.sign_mantissa, self.codes, self.row_start, self.escapes, self.constants)
 
 
-def on_gpu(tensors: dict[str, Tensor]) -> OnGpu | None:
+@dataclass(frozen=True)
+class HuffmanOnGpu:
+    """The fields of a `df11_triton.Huffman`; low: the lower halves of float32, where any is not zero."""
+
+    codes: Tensor
+    lookup: Tensor
+    groups: Tensor
+    segments: Tensor
+    sign_mantissa: Tensor | None
+    constants: Tensor
+    low: Tensor | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def coded(self) -> Any:
+        from compress.kernels.df11_triton import Huffman
+
+        starts = self.groups, self.segments
+        return Huffman(self.codes, self.lookup, *starts, self.sign_mantissa, self.constants, self.shape)
+
+
+def on_gpu(tensors: dict[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Packed | None:
     """Prepares a weight for the GPU that its tensors are on; None where the kernels do not run."""
     device = tensors["codes"].device
-    if device.type != "cuda" or find_spec("triton") is None:
+    if not prepared.runs_triton(device):
         return None
-    from compress.kernels import df11_triton  # imports triton, which a machine without a GPU need not have
+    from compress.kernels import df11_triton
 
-    prepare = df11_triton.prepare_fixed if "base" in tensors else df11_triton.prepare_huffman
-    return OnGpu(prepare(tensors, device))
+    low = tensors.get("low")
+    if "base" in tensors:
+        return FIXED(**vars(df11_triton.prepare_fixed(tensors, device)), low=low, shape=shape, dtype=dtype)
+    coded = {**vars(df11_triton.prepare_huffman(tensors, device)), "shape": shape}
+    return HUFFMAN(**coded, low=low, dtype=dtype)
+
+
+def _decode_fixed(weight: FixedOnGpu) -> Tensor:
+    from compress.kernels import df11_triton
+
+    words = df11_triton.decode_fixed(weight.coded).view(weight.shape)
+    return join(words, weight.low, weight.dtype)
+
+
+def _decode_huffman(weight: HuffmanOnGpu) -> Tensor:
+    from compress.kernels import df11_triton
+
+    words = df11_triton.decode_huffman(weight.coded).view(weight.shape)
+    return join(words, weight.low, weight.dtype)
+
+
+def _linear_fixed(x: Tensor, weight: FixedOnGpu, bias: Tensor | None) -> Tensor:
+    """x @ W.T + bias: fused for a few tokens where the words are bfloat16, else of the decoded weight."""
+    from compress.kernels import df11_triton
+
+    if weight.low is None and x.numel() <= df11_triton.FUSED_TOKENS * x.shape[-1]:
+        return df11_triton.linear_fixed(x, weight.coded, bias)
+    return F.linear(x, _decode_fixed(weight).to(x.dtype), bias)
+
+
+FIXED = Layout("df11_fixed", FixedOnGpu, _decode_fixed, _linear_fixed)
+HUFFMAN = Layout("df11_huffman", HuffmanOnGpu, _decode_huffman)

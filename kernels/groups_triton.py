@@ -2,82 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from compress.kernels import groups_kernels as kernels
 from compress.kernels import sums
+from compress.kernels.groups import Groups
 
 PROGRAMS = 528  # a grid of so many gives each of an H200's 132 multiprocessors four
 FUSED_TOKENS = 256  # W is unpacked anew for every 128 of them
 _DOT = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-@dataclass(frozen=True)
-class Groups:
-    """A weight of N rows and K columns.
-
-    codes: (N, words) uint32, each row a stream of `bits` bits a code, low bits first. form: of the codes: int (less
-    zeros, or less the middle one), signed (8 bits, two's complement), e2m1, e4m3. scales: (n, blocks), each for `rows`
-    rows and `columns` columns; of bytes the floats that `scale_form` says, e8m0 or e4m3. zeros: (N, blocks) uint8. All
-    is divided by divisor.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-    shape: tuple[int, int]
-    bits: int
-    form: str
-    scale_form: str
-    rows: int
-    columns: int
-    divisor: float = 1.0
-
-    @property
-    def unit(self) -> int:
-        """Codes that are unpacked together, from whole words."""
-        return 32 if 32 % self.bits else 32 // self.bits
-
-    @property
-    def fits(self) -> bool:
-        """Whether `linear` can multiply with it: a unit of codes has one scale."""
-        return self.scales.shape[1] == 1 or self.columns % self.unit == 0
-
-
-def prepare(
-    codes: Tensor,
-    scales: Tensor,
-    shape: tuple[int, int],
-    bits: int,
-    block: tuple[int, int],
-    form: str = "int",
-    zeros: Tensor | None = None,
-    divisor: float = 1.0,
-) -> Groups:
-    """codes: (N, bytes or words) of any dtype. scales: (n, blocks), uint8 for E8M0. block: rows and columns of one."""
-    stream = codes.contiguous().view(torch.uint8)
-    stream = F.pad(stream, (0, -stream.shape[1] % 4)) if stream.shape[1] % 4 else stream  # to whole words
-    kinds = {torch.uint8: "e8m0", torch.float8_e4m3fn: "e4m3"}
-    kind = kinds.get(scales.dtype, "float")
-    held = scales.contiguous() if kind == "float" else scales.contiguous().view(torch.uint8)
-    return Groups(stream.view(torch.uint32), held, zeros, shape, bits, form, kind, *block, divisor)
-
-
-def decode(weight: Groups, dtype: torch.dtype) -> Tensor:
-    """(N, K): code * scale in float32, rounded to `dtype`."""
+def decode(weight: Groups) -> Tensor:
+    """(N, K): code * scale in float32, rounded to the weight's dtype."""
     n, k = weight.shape
-    out = torch.empty(n, k, dtype=dtype, device=weight.codes.device)
+    out = torch.empty(n, k, dtype=weight.dtype, device=weight.codes.device)
     scales, form = weight.scales, weight.scale_form
     if weight.divisor != 1:
-        scales = scales.view(torch.float8_e4m3fn).float() / weight.divisor
-        form = "float"
+        scales, form = weight.divided(), "float"
     if out.numel():
         grid = (triton.cdiv(n, 8), triton.cdiv(k, 512))
         with torch.cuda.device_of(out):

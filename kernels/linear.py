@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from compress.kernels.op import Layout
+from compress.kernels.prepared import Prepared
 
 
 class RunningScheme(Protocol):
@@ -18,7 +22,27 @@ class RunningScheme(Protocol):
 
     def rows(self, tensors: Any, index: Tensor) -> Tensor: ...
 
+    def dtype_of(self, tensors: dict[str, Tensor]) -> torch.dtype: ...
+
     def linear(self, x: Tensor, tensors: Any, bias: Tensor | None = None) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight as its tensors are stored, for operators: the scheme that knows them is in `_SCHEMES` by its text."""
+
+    tensors: tuple[Tensor, ...]
+    names: tuple[str, ...]
+    scheme: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def decode(self) -> Tensor:
+        return _SCHEMES[self.scheme].decode(dict(zip(self.names, self.tensors, strict=True)))
+
+
+_SCHEMES: dict[str, RunningScheme] = {}
+STORED = Layout("stored", Stored, Stored.decode)
 
 
 class CompressedModule(nn.Module):
@@ -35,7 +59,7 @@ class CompressedModule(nn.Module):
         self._buffers.clear()
         self.scheme, self.local_names = scheme, tuple(tensors)
         self.is_filled = not any(tensor.is_meta for tensor in tensors.values())
-        self._prepared: tuple[list[Tensor], Any] | None = None
+        self._prepared: tuple[list[Tensor], Any, Prepared] | None = None
         for name, tensor in tensors.items():
             self.register_buffer(_attribute(name), tensor)
 
@@ -44,11 +68,28 @@ class CompressedModule(nn.Module):
         return {name: self._buffers[_attribute(name)] for name in self.local_names}  # type: ignore[misc]
 
     def running(self) -> Any:
-        """What the scheme runs on: made of the packed tensors once, as long as these stay the same ones."""
+        """What the scheme runs on: made of the packed tensors once, as long as these stay the same ones.
+
+        Raises ValueError where torch.compile comes before the first time: preparing is nothing that it can trace.
+        """
         tensors = self.tensors()
         if self._prepared is None or any(a is not b for a, b in zip(tensors.values(), self._prepared[0], strict=True)):
-            self._prepared = (list(tensors.values()), self.scheme.prepare(tensors))
-        return self._prepared[1]
+            if torch.compiler.is_compiling():
+                raise ValueError("a compressed layer is not prepared; run it once, then give it to torch.compile")
+            found = self.scheme.prepare(tensors)
+            self._prepared = (list(tensors.values()), found, self._traceable(found))
+        return self._prepared[2 if torch.compiler.is_compiling() else 1]
+
+    def _traceable(self, found: Any) -> Prepared:
+        """What torch.compile can look into, of what the scheme runs on."""
+        if isinstance(found, Prepared):
+            return found
+        name, names = repr(self.scheme), tuple(found)
+        _SCHEMES[name] = self.scheme
+        dtype = self.scheme.dtype_of(found)
+        packed = STORED(tuple(found.values()), names, name, tuple(self.shape), dtype)
+        packed.input_scale = found.get("input_scale")
+        return packed
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and files: without what was made of the packed tensors, which a copy has of its own."""

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from compress.formats.bitpack import pack as pack_bits
 from compress.formats.bitpack import packed_width, unpack
 from compress.formats.compiled import empty, in_threads, jit
+from compress.kernels import prepared
 from compress.kernels.decode import unpack_row
+from compress.kernels.op import Layout, Packed
 
 
 def decode(indices: Tensor, tables: Tensor, shape: tuple[int, int], rows: int, columns: int) -> Tensor:
@@ -53,41 +56,93 @@ def decode_torch(indices: Tensor, tables: Tensor, shape: tuple[int, int], rows: 
 
 
 @dataclass(frozen=True)
-class OnGpu:
-    """A weight on a GPU, laid out for the kernels of `kernels.lookup_triton`."""
+class Lookup:
+    """A weight of N rows and K columns, as the kernels of a GPU take it.
 
-    weight: Any
+    indices: (N, words) uint32 of packed codes where their width divides 32, else (bits, N, words) bit planes, the most
+    significant first. tables: (n, 2**bits); of row // rows, or where there are scales that of the selector. scales: (N,
+    blocks) for blocks of so many columns, or None. selector: (N, blocks) uint8, or None. swapped: of each two 4-bit
+    codes the first is in the high bits.
+    """
+
+    indices: Tensor
+    tables: Tensor
+    shape: tuple[int, int]
     dtype: torch.dtype
+    rows: int
+    columns: int
+    scales: Tensor | None = None
+    selector: Tensor | None = None
+    swapped: bool = False
 
-    def decode(self) -> Tensor:
-        """The weight in its dtype."""
-        from compress.kernels import lookup_triton
-
-        found: Tensor = lookup_triton.decode(self.weight, self.dtype)
-        return found
-
-    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
-        """x @ W.T + bias for a few tokens; None where decoding W is better."""
-        from compress.kernels import lookup_triton
-
-        if x.numel() > lookup_triton.FUSED_TOKENS * x.shape[-1]:
-            return None
-        found: Tensor = lookup_triton.linear(x, self.weight, bias)
-        return found
+    @property
+    def bits(self) -> int:
+        return self.tables.shape[1].bit_length() - 1
 
 
 def on_gpu(
     indices: Tensor, tables: Tensor, shape: tuple[int, int], rows: int, columns: int, dtype: torch.dtype, **blocks: Any
-) -> OnGpu | None:
+) -> Packed | None:
     """Prepares a weight for the GPU that its tensors are on; None where the kernels do not run.
 
-    blocks: `scales` and `selector` of a `lookup_triton.Lookup`, of which the other arguments are the parts too.
+    blocks: `scales` and `selector` of a `Lookup`, of which the other arguments are the parts too.
     """
-    if indices.device.type != "cuda" or find_spec("triton") is None or (blocks and columns % 32):
+    if not prepared.runs_triton(indices.device) or (blocks and columns % 32):
         return None
-    from compress.kernels import lookup_triton  # imports triton, which a machine without a GPU need not have
+    return pack(indices, tables, shape, rows, columns, dtype, **blocks)
 
-    return OnGpu(lookup_triton.prepare(indices, tables, shape, rows, columns, **blocks), dtype)
+
+def pack(
+    indices: Tensor,
+    tables: Tensor,
+    shape: tuple[int, int],
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    scales: Tensor | None = None,
+    selector: Tensor | None = None,
+    swapped: bool = False,
+) -> Packed:
+    """`on_gpu`, on any device. indices: as `decode` takes them; packed anew where their width does not divide 32."""
+    bits = tables.shape[1].bit_length() - 1
+    if indices.dim() == 2 and 32 % bits:
+        codes = unpack(indices, bits, shape[1])
+        indices = torch.stack([pack_bits((codes >> b) & 1, 1) for b in range(bits - 1, -1, -1)])
+    if scales is not None and selector is None:
+        selector = torch.zeros(scales.shape, dtype=torch.uint8, device=scales.device)
+    words = indices.contiguous().view(torch.uint32)
+    return LAYOUT(words, tables.contiguous(), shape, dtype, rows, columns, scales, selector, swapped)
+
+
+def decode_packed(weight: Lookup) -> Tensor:
+    """(N, K): levels, or level * scale in float32, rounded to the weight's dtype."""
+    if prepared.runs_triton(weight.indices.device):
+        from compress.kernels import lookup_triton  # imports triton, which a machine without a GPU need not have
+
+        return lookup_triton.decode(weight)
+    indices, (_, width) = weight.indices.view(torch.int32), weight.shape
+    if weight.swapped:
+        octets = indices.view(torch.uint8)
+        indices = (octets << 4 | octets >> 4).view(torch.int32)
+    if weight.scales is None or weight.selector is None:
+        found = decode_torch(indices, weight.tables[:, None], weight.shape, weight.rows, max(1, width))
+    else:
+        spread = weight.tables.float()[weight.selector.int()] * weight.scales.float()[..., None]
+        found = decode_torch(indices, spread, weight.shape, 1, weight.columns)
+    return found.to(weight.dtype)
+
+
+def linear(x: Tensor, weight: Lookup, bias: Tensor | None = None) -> Tensor:
+    """x @ W.T + bias: fused on a GPU for a few tokens, else of the decoded weight."""
+    if prepared.runs_triton(x.device):
+        from compress.kernels import lookup_triton
+
+        if x.numel() <= lookup_triton.FUSED_TOKENS * x.shape[-1]:
+            return lookup_triton.linear(x, weight, bias)
+    return F.linear(x, decode_packed(weight).to(x.dtype), bias)
+
+
+LAYOUT = Layout("lookup", Lookup, decode_packed, linear)
 
 
 @jit

@@ -12,7 +12,10 @@ import triton.language as tl
 
 
 @triton.jit
-def _codes(indices, row, k0, words, planes, BITS: tl.constexpr, PLANES: tl.constexpr, BLOCK_K: tl.constexpr):
+def _codes(
+    indices, row, k0, words, planes,
+    BITS: tl.constexpr, PLANES: tl.constexpr, SWAPPED: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """(rows, BLOCK_K) int32. row: (rows, 1) int64. words: of a row. planes: words of a plane."""
     if PLANES:
         w = k0 // 32 + tl.arange(0, BLOCK_K // 32)[None, :]
@@ -23,7 +26,7 @@ def _codes(indices, row, k0, words, planes, BITS: tl.constexpr, PLANES: tl.const
             codes = (codes << 1) | ((word[:, :, None] >> shift) & 1)
     else:
         w = k0 * BITS // 32 + tl.arange(0, BLOCK_K * BITS // 32)[None, :]
-        shift = tl.arange(0, 32 // BITS)[None, None, :] * BITS
+        shift = (tl.arange(0, 32 // BITS) ^ (1 if SWAPPED else 0))[None, None, :] * BITS
         word = tl.load(indices + (row * words + w), mask=w < words, other=0)
         codes = (word[:, :, None] >> shift) & ((1 << BITS) - 1)
     return tl.reshape(codes, (row.shape[0], BLOCK_K))
@@ -32,10 +35,11 @@ def _codes(indices, row, k0, words, planes, BITS: tl.constexpr, PLANES: tl.const
 @triton.jit
 def _tile(
     indices, tables, scales, selector, row, k0, words, planes, blocks, ROWS,
-    COLUMNS: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, SCALED: tl.constexpr, BLOCK_K: tl.constexpr,
+    COLUMNS: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, SCALED: tl.constexpr,
+    SWAPPED: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """(rows, BLOCK_K) weights from column k0 on: in the tables' dtype, or where SCALED float32."""
-    codes = _codes(indices, row, k0, words, planes, BITS, PLANES, BLOCK_K)
+    codes = _codes(indices, row, k0, words, planes, BITS, PLANES, SWAPPED, BLOCK_K)
     if SCALED:
         at = row * blocks + k0 // COLUMNS
         table = tables + (tl.load(selector + at).to(tl.int32) << BITS)
@@ -53,7 +57,7 @@ def _tile(
 @triton.jit
 def decode(
     indices, tables, scales, selector, out, N, K, words, planes, blocks, ROWS,
-    COLUMNS: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, SCALED: tl.constexpr,
+    COLUMNS: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, SCALED: tl.constexpr, SWAPPED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
@@ -61,7 +65,22 @@ def decode(
     k = k0 + tl.arange(0, BLOCK_K)[None, :]
     row = tl.minimum(n, N - 1).to(tl.int64)
     values = _tile(
-        indices, tables, scales, selector, row, k0, words, planes, blocks, ROWS, COLUMNS, BITS, PLANES, SCALED, BLOCK_K
+        indices,
+        tables,
+        scales,
+        selector,
+        row,
+        k0,
+        words,
+        planes,
+        blocks,
+        ROWS,
+        COLUMNS,
+        BITS,
+        PLANES,
+        SCALED,
+        SWAPPED,
+        BLOCK_K,
     )
     tl.store(out + (row * K + k), values.to(out.dtype.element_ty), mask=(n < N) & (k < K))
 
@@ -69,8 +88,8 @@ def decode(
 @triton.jit
 def product(
     indices, tables, scales, selector, x, partial, M, N, K, words, planes, blocks, ROWS,
-    COLUMNS: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, SCALED: tl.constexpr, DOT: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    COLUMNS: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, SCALED: tl.constexpr, SWAPPED: tl.constexpr,
+    DOT: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """partial[split, m, n] of x @ W.T, float32; one token (BLOCK_M 1) with plain products, more with matrix ones."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -89,7 +108,7 @@ def product(
         k = k0 + lane
         weight = _tile(
             indices, tables, scales, selector, row, k0, words, planes, blocks, ROWS,
-            COLUMNS, BITS, PLANES, SCALED, BLOCK_K,
+            COLUMNS, BITS, PLANES, SCALED, SWAPPED, BLOCK_K,
         )  # fmt: skip
         if BLOCK_M == 1:
             values = tl.load(x + tl.program_id(1).to(tl.int64) * K + k, mask=k < K, other=0.0)

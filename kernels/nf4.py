@@ -6,12 +6,40 @@ On the CPU a compiled loop, elsewhere plain torch; the same bits.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from compress.formats.compiled import empty, in_threads, jit
+from compress.kernels import lookup, prepared
+from compress.kernels.op import Layout, Packed
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A weight as bitsandbytes stores it. packed, absmax, levels, block_size: see `decode`."""
+
+    packed: Tensor
+    absmax: Tensor
+    levels: Tensor
+    block_size: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def pack(
+    packed: Tensor, absmax: Tensor, levels: Tensor, block_size: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> Packed:
+    """The weight for its device: of whole blocks in a row, on a GPU a codebook with the first code in the high bits."""
+    rows, columns = shape
+    if prepared.runs_triton(packed.device) and rows and columns and columns % block_size == 0:
+        indices = packed.view(rows, -1).view(torch.int32)
+        how: dict[str, Any] = {"scales": absmax.view(rows, -1), "swapped": True}
+        return lookup.pack(indices, levels[None], (rows, columns), 1, block_size, dtype, **how)
+    return LAYOUT(packed, absmax, levels, block_size, shape, dtype)
 
 
 def decode(
@@ -45,6 +73,13 @@ def decode_torch(
     count = math.prod(shape)
     codes = torch.stack((packed.view(-1) >> 4, packed.view(-1) & 15), dim=1).view(-1)[:count]
     return (levels[codes.int()] * absmax.repeat_interleave(block_size)[:count]).to(dtype).view(shape)
+
+
+def _decode(weight: Blocks) -> Tensor:
+    return decode(weight.packed, weight.absmax, weight.levels, weight.block_size, weight.shape, weight.dtype)
+
+
+LAYOUT = Layout("nf4", Blocks, _decode)
 
 
 def _check(name: str, tensor: Tensor, dtype: torch.dtype, count: int) -> None:

@@ -97,13 +97,17 @@ def test_no_tokens_more_dimensions_and_what_does_not_fit() -> None:
 
 
 def test_the_scheme_runs_it_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from compress.kernels import bfp
+    from compress.kernels import prepared
 
-    monkeypatch.setattr(bfp, "linear", bfp_triton.linear)
+    monkeypatch.setattr(prepared, "runs_triton", lambda device: True)
     weight, x, bias = torch.randn(10, 128), torch.randn(3, 128), torch.randn(10)
     scheme = Bfp(6)
     tensors = scheme.encode(weight)
+    held = scheme.prepare(tensors)
+    assert held is not tensors and torch.equal(scheme.decode(held), scheme.decode(tensors))
+    index = torch.tensor([[9, 0], [7, 7]])
+    assert torch.equal(scheme.rows(held, index), scheme.rows(tensors, index))
     wanted = x @ scheme.decode(tensors).T + bias
-    assert torch.allclose(scheme.linear(x, tensors, bias), wanted, atol=1e-5)
-    scheme.linear(x.requires_grad_(), tensors, bias).sum().backward()  # which the kernel cannot
+    assert torch.allclose(scheme.linear(x, held, bias), wanted, atol=1e-5)
+    scheme.linear(x.requires_grad_(), held, bias).sum().backward()  # which the kernel cannot
     assert x.grad is not None

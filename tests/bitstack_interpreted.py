@@ -16,7 +16,7 @@ def check(shape: tuple[int, int], tokens: int, dtype: torch.dtype, blocks: int, 
     torch.manual_seed(0)
     weight = (torch.randn(shape) * torch.rand(shape[0], 1)).to(torch.float32)
     scheme = Bitstack(blocks=blocks, rank=rank)
-    stack = scheme.prepare(scheme.encode(weight))
+    stack = scheme.prepare(scheme.encode(weight)).weight
     x, bias = torch.randn(tokens, shape[1]).to(dtype), torch.randn(shape[0]).to(dtype)
     wanted = x.double() @ kernels.decode(stack).double().T + bias.double()
     found = bitstack_triton.linear(x, stack, bias)
@@ -44,14 +44,14 @@ def test_any_shape_and_dtype(shape: tuple[int, int], tokens: int, dtype: torch.d
 
 def test_a_part_of_the_rows_whose_planes_lie_inside_others() -> None:
     scheme = Bitstack(blocks=4)
-    stack = scheme.prepare(scheme.encode(torch.randn(50, 96))).rows(slice(7, 29))
+    stack = scheme.prepare(scheme.encode(torch.randn(50, 96))).weight.rows(slice(7, 29))
     x = torch.randn(2, 96)
     assert torch.allclose(bitstack_triton.linear(x, stack), x @ kernels.decode(stack).T, atol=1e-4)
 
 
 def test_no_tokens_and_what_does_not_fit() -> None:
     scheme = Bitstack(blocks=2)
-    stack = scheme.prepare(scheme.encode(torch.randn(4, 16)))
+    stack = scheme.prepare(scheme.encode(torch.randn(4, 16))).weight
     assert bitstack_triton.linear(torch.ones(0, 16), stack).shape == (0, 4)
     with pytest.raises(ValueError, match=r"^x: is \(2, 15\)"):
         bitstack_triton.linear(torch.ones(2, 15), stack)

@@ -7,8 +7,9 @@ import interpreted
 import pytest
 import torch
 
-from compress.kernels import groups
 from compress.kernels import groups_triton as triton_kernels
+from compress.kernels import prepared as prepared_kernels
+from compress.kernels.op import Packed
 from compress.registry import make
 from compress.scheme import Scheme
 
@@ -28,7 +29,7 @@ ROUNDING = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-20}
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(groups, "runs_on", lambda device: True)
+    monkeypatch.setattr(prepared_kernels, "runs_triton", lambda device: True)
 
 
 def prepared(scheme: Scheme, weight: torch.Tensor) -> tuple[Scheme, Any, torch.Tensor]:
@@ -36,7 +37,7 @@ def prepared(scheme: Scheme, weight: torch.Tensor) -> tuple[Scheme, Any, torch.T
     fitted = scheme.fit(tuple(weight.shape)).for_dtype(weight.dtype)
     tensors = fitted.encode(weight)
     held = fitted.prepare(tensors)
-    assert isinstance(held, groups.OnGpu)
+    assert isinstance(held, Packed)
     return fitted, held, fitted.decode(tensors)
 
 
@@ -99,7 +100,7 @@ def test_int4_by_hand() -> None:
     tensors = {"weight_packed": codes, "weight_scale": torch.tensor([[0.25]]), "weight_shape": torch.tensor([1, 32])}
     held = scheme.prepare(tensors)
     wanted = [(i % 16 - 8) / 4 for i in range(32)]
-    assert triton_kernels.decode(held.weight, torch.float32).tolist() == [wanted]
+    assert triton_kernels.decode(held.weight).tolist() == [wanted]
     assert scheme.linear(torch.eye(32).bfloat16(), held).flatten().tolist() == wanted
 
 

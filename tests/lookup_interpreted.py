@@ -22,14 +22,14 @@ def planes_of(codes: Tensor, bits: int) -> Tensor:
     return torch.stack([pack((codes >> b) & 1, 1) for b in range(bits - 1, -1, -1)])
 
 
-def weight_of(shape: tuple[int, int], bits: int, rows: int, planes: bool) -> tuple[lookup_triton.Lookup, Tensor]:
+def weight_of(shape: tuple[int, int], bits: int, rows: int, planes: bool) -> tuple[lookup.Lookup, Tensor]:
     """A weight for the kernels, and what `decode` makes of it."""
     codes = codes_of(shape, bits)
     indices = planes_of(codes, bits) if planes else pack(codes, bits)
     tables = torch.randn(-(-shape[0] // rows), 1 << bits, generator=torch.Generator().manual_seed(1))
     want = lookup.decode(indices, tables[:, None], shape, rows, shape[1])
     assert torch.equal(want[0, 0], tables[0, int(codes[0, 0])])
-    return lookup_triton.prepare(indices, tables, shape, rows, shape[1]), want
+    return lookup.pack(indices, tables, shape, rows, shape[1], torch.float32).weight, want
 
 
 @pytest.mark.parametrize("planes", [False, True], ids=["packed", "planes"])
@@ -37,7 +37,7 @@ def weight_of(shape: tuple[int, int], bits: int, rows: int, planes: bool) -> tup
 def test_it_decodes_what_the_cpu_decodes(bits: int, planes: bool) -> None:
     for shape, rows in zip(SHAPES, (1, 1, 16, 4, 64, 1), strict=True):
         weight, want = weight_of(shape, bits, rows, planes)
-        assert torch.equal(lookup_triton.decode(weight, torch.float32), want)
+        assert torch.equal(lookup_triton.decode(weight), want)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 20])
@@ -63,8 +63,9 @@ def test_blocks_have_their_scales_and_tables(bits: int, block: int, tables: int)
         selector = torch.randint(0, tables, (shape[0], blocks), generator=generator, dtype=torch.uint8)
         spread = scales[..., None] * levels[selector.int()]
         want = lookup.decode(pack(codes, bits), spread, shape, 1, block)
-        weight = lookup_triton.prepare(pack(codes, bits), levels, shape, 1, block, scales=scales, selector=selector)
-        assert torch.equal(lookup_triton.decode(weight, torch.float32), want)
+        blocks = {"scales": scales, "selector": selector}
+        weight = lookup.pack(pack(codes, bits), levels, shape, 1, block, torch.float32, **blocks).weight
+        assert torch.equal(lookup_triton.decode(weight), want)
         x = torch.randn(2, shape[1], generator=generator)
         reference = x.double() @ want.double().T
         assert (lookup_triton.linear(x, weight) - reference).norm() / reference.norm() < 2**-20
