@@ -88,7 +88,8 @@ class Nf4(Scheme):
             absmax = tensors["nested_quant_map"][absmax.int()] * nested + state.offset
         found = kernels.pack(tensors["weight"], absmax, levels, state.block_size, state.shape, state.dtype)
         rows, columns = state.shape
-        if columns % state.block_size == 0:  # otherwise blocks go on from one row to the next
+        whole = rows * columns == absmax.numel() * state.block_size == 2 * tensors["weight"].numel()
+        if whole and columns % state.block_size == 0:  # otherwise blocks go on from one row to the next
             how = (levels[None], state.block_size, (rows, columns))
             found.product = cpu.tables(tensors["weight"], absmax.view(rows, -1), *how, high_first=True)
         return found
