@@ -175,7 +175,9 @@ def linear(x: Tensor, stack: Planes, bias: Tensor | None = None) -> Tensor:
 
 def pack(stack: Planes) -> Packed:
     """The weight for its device."""
-    return Packed(LAYOUT, stack.located() if prepared.runs_triton(stack.u.device) else stack)
+    packed = Packed(LAYOUT, stack.located() if prepared.runs_triton(stack.u.device) else stack)
+    packed.product = stack.product
+    return packed
 
 
 LAYOUT = Layout("bitstack", Planes, decode, linear)
