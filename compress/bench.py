@@ -88,7 +88,8 @@ def bench(
     check_device(device)
     weight = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
     dense = _copies({"weight": weight}, device)
-    calls = {UNCOMPRESSED: cycle([lambda x, w=held["weight"]: F.linear(x, w) for held in dense])}
+    calls: dict[str, Iterator[Callable[..., Any]]] = {}
+    calls[UNCOMPRESSED] = cycle([lambda x, w=held["weight"]: F.linear(x, w) for held in dense])
     bits, chosen = {UNCOMPRESSED: 16.0}, schemes or defaults()
     for done, (name, scheme) in enumerate(chosen.items()):
         if progress:

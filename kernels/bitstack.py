@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compress.formats.compiled import empty, float_bits, in_threads, jit
+from compress.kernels import cpu, cpu_planes
+from compress.kernels.cpu import Product
 
 FLOOR = 1 / 16  # of the first factors' product: where the others take more than that away, they do no longer
 ROWS_AT_ONCE = 1 << 20  # weights that `linear` decodes at a time
@@ -43,6 +46,20 @@ class Planes:
     def addresses(self) -> Tensor:
         """Where the planes lie: (planes,) int64, on their device."""
         return torch.tensor([plane.data_ptr() for plane in self.planes], device=self.u.device)
+
+    @cached_property
+    def product(self) -> Product | None:
+        """What multiplies with it on the CPU, without a decoded weight."""
+        if self.u.device.type != "cpu" or not cpu_planes.can_run(self.shape[1]):
+            return None
+
+        def run(x: Tensor) -> Tensor:
+            columns = self.shape[1]
+            padded = F.pad(x.detach().float(), (0, -columns % 8))
+            padded = F.pad(padded, (0, -padded.shape[1] % 128)).contiguous()
+            return torch.from_numpy(cpu_planes.product(*_arrays(self), padded.numpy()))
+
+        return Product(f"{len(self.planes)} bit planes of rank {self.u.shape[1]}", self.shape, run)
 
     def rows(self, index: Tensor | slice) -> Planes:
         """Those rows of it. index: (count,) int64."""
@@ -86,16 +103,21 @@ def encode(weight: Tensor, u: Tensor, v: Tensor, steps: list[Tensor]) -> list[Te
 
 def decode(stack: Planes) -> Tensor:
     """(m, n) in the stack's dtype."""
-    if stack.u.device.type != "cpu":
+    if stack.u.device.type != "cpu" or not cpu_planes.can_run(stack.shape[1]):
         return decode_torch(stack)
     (m, n), narrow = stack.shape, stack.dtype == torch.bfloat16
     out = empty((m, n), torch.int16 if narrow else torch.int32)
     words = out.numpy().view(np.uint16 if narrow else np.uint32)
-    planes = torch.stack(stack.planes).numpy()
-    largest = np.float32(torch.finfo(stack.dtype).max)
-    factors = (stack.u.float().numpy(), stack.v.float().numpy(), FLOOR)
-    in_threads(_decode_rows, m, m * n, words, 16 if narrow else 0, planes, *factors, stack.levels.numpy(), largest)
+    cpu_planes.decode(*_arrays(stack), words, 16 if narrow else 0)
     return out.view(torch.bfloat16) if narrow else out.view(torch.float32).to(stack.dtype)
+
+
+def _arrays(stack: Planes) -> tuple[Any, Any, Any, float, Any, float]:
+    """What both loops of `cpu_planes` take of a stack, on the CPU."""
+    n = stack.shape[1]
+    u, v = stack.u.contiguous().view(torch.int16).numpy().view(np.uint16), F.pad(stack.v.float(), (0, -n % 8))
+    largest = torch.finfo(stack.dtype).max
+    return stack.addresses.numpy(), u, v.contiguous().numpy(), FLOOR, stack.levels.numpy(), largest
 
 
 def decode_torch(stack: Planes) -> Tensor:
@@ -128,13 +150,17 @@ def linear(x: Tensor, stack: Planes, bias: Tensor | None = None) -> Tensor:
         # The fused kernel has no backward pass, and many tokens are worth a decoded weight.
         if x.numel() <= bitstack_triton.FUSED_TOKENS * n and not (torch.is_grad_enabled() and x.requires_grad):
             return bitstack_triton.linear(x, stack, bias)
+    if x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad):
+        y = cpu.multiply(x, stack, bias, lambda: decode(stack))
+        if y is not None:
+            return y
     step = max(1, ROWS_AT_ONCE // n)
     if m <= step:
-        return F.linear(x, decode(stack).to(x.dtype), bias)
+        return cpu.dense(x, decode(stack), bias)
     y = x.new_empty(*x.shape[:-1], m)
     for first in range(0, m, step):
         rows = slice(first, first + step)
-        y[..., rows] = F.linear(x, decode(stack.rows(rows)).to(x.dtype), None if bias is None else bias[rows])
+        y[..., rows] = cpu.dense(x, decode(stack.rows(rows)), None if bias is None else bias[rows])
     return y
 
 
@@ -181,27 +207,3 @@ def _encode_rows(start, stop, planes, words, shift, u, v, steps, ignored, floor)
                     level, code = high, code | 1
                 else:
                     level = low
-
-
-@jit
-def _decode_rows(start, stop, out, dropped, planes, u, v, floor, levels, largest):  # type: ignore[no-untyped-def]
-    columns = out.shape[1]
-    values = np.empty(columns, np.float32)
-    codes = np.empty(8, np.int64)
-    floor = np.float32(floor)
-    half, odd = np.uint32(0x7FFF if dropped else 0), np.uint32(1 if dropped else 0)
-    for row in range(start, stop):
-        _scale_row(values, u[row], v, floor)
-        for byte in range(planes.shape[2]):
-            codes[:] = 0
-            for plane in range(1, planes.shape[0]):
-                part = planes[plane, row, byte]
-                for bit in range(8):
-                    codes[bit] = codes[bit] << 1 | (part >> np.uint8(bit) & np.uint8(1))
-            for bit in range(min(8, columns - 8 * byte)):
-                values[8 * byte + bit] = min(values[8 * byte + bit] * levels[codes[bit]], largest)
-        words = values.view(np.uint32)
-        for i in range(columns):
-            sign = np.uint32(planes[0, row, i >> 3] >> np.uint8(i & 7) & np.uint8(1)) << np.uint32(31)
-            word = words[i] | sign
-            out[row, i] = (word + half + ((word >> np.uint32(16)) & odd)) >> np.uint32(dropped)

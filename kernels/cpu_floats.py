@@ -25,13 +25,14 @@ from compress.kernels.simd import constant, f32, i8, i16, i32, integer, load, sp
 
 UNIT = 128  # columns, where groups are not smaller
 E4M3_FACTOR = 256.0  # what float16's exponent of the same bits is less
+BFLOAT16, E4M3, FLOAT32 = range(3)
 ROWS = 16  # that are multiplied with all tokens while they are in the cache
 
 
 class Layout(NamedTuple):
     """What a loop is compiled for. unit: columns that a scale is for, or that are multiplied at a time."""
 
-    is_e4m3: int  # otherwise bfloat16
+    kind: int  # BFLOAT16, E4M3 or FLOAT32
     is_scaled: int  # by a number for each unit: 1 float32, 2 a byte e for 2**(e - 127); 0 not at all
     unit: int
     lanes: int
@@ -52,7 +53,7 @@ def e4m3(x: Tensor, codes: Tensor, scales: Tensor | None, group_size: int, rows:
     """
     size = min(group_size, UNIT) if scales is not None else UNIT
     kind = 0 if scales is None else 1 + (scales.dtype == torch.uint8)
-    layout = Layout(1, kind, size, simd.lanes(), together(len(x)))
+    layout = Layout(E4M3, kind, size, simd.lanes(), together(len(x)))
     steps = np.zeros((1, 1), np.float32) if scales is None else scales.contiguous().numpy()
     height, columns = codes.shape
     inputs = _inputs(x, size, layout.tokens)
@@ -71,7 +72,7 @@ def fixed_words(
     are before the block that each row begins in. The others as `fixed.decode` takes them.
     """
     height, columns = rest.shape
-    layout = Layout(0, 0, UNIT, simd.lanes(), together(len(x)))
+    layout = Layout(BFLOAT16, 0, UNIT, simd.lanes(), together(len(x)))
     inputs = _inputs(x, UNIT, layout.tokens)
     out = np.zeros((len(inputs), height), np.float32)
     arrays = [array.contiguous().numpy() for array in (codes.view(-1, fixed.BLOCK_BYTES), counts, starts, escapes)]
@@ -111,7 +112,7 @@ def _e4m3_rows(layout: Layout) -> Any:
                             steps[unit] = np.uint32(np.uint32(step) << np.uint32(23)).view(np.float32)
                             if not are_powers:
                                 steps[unit] = step
-                    _float_row((source, steps, inputs), (at, token * padded, padded), found, text)
+                    float_row((source, steps, inputs), (at, token * padded, padded), found, text)
                     for t in range(tokens):
                         out[token + t, row] = found[t]
 
@@ -138,7 +139,7 @@ def _fixed_rows(layout: Layout) -> Any:
                 block, position = block + 1, behind
             words[at + columns :] = 0  # NaN among what follows would not vanish with an input of zero
             for token in range(0, x.shape[0], tokens):
-                _float_row((words.view(np.uint8), steps, inputs), (2 * at, token * padded, padded), found, text)
+                float_row((words.view(np.uint8), steps, inputs), (2 * at, token * padded, padded), found, text)
                 for t in range(tokens):
                     out[token + t, row] = found[t]
 
@@ -146,7 +147,7 @@ def _fixed_rows(layout: Layout) -> Any:
 
 
 @intrinsic
-def _float_row(context, arrays, place, found, layout):  # type: ignore[no-untyped-def]
+def float_row(context, arrays, place, found, layout):  # type: ignore[no-untyped-def]
     """found[t] = a row times token t. arrays: codes uint8, a scale for each unit, x. place: where row and tokens begin,
     and the columns of a token."""
     chosen = Layout(*map(int, layout.literal_value.split()))
@@ -186,7 +187,9 @@ def _float_row(context, arrays, place, found, layout):  # type: ignore[no-untype
 def _weights(builder: Any, layout: Layout, codes: Any, at: Any, column: Any) -> Any:
     """The weights of as many columns as there are lanes, float32."""
     lanes, floats = layout.lanes, vector(f32, layout.lanes)
-    if not layout.is_e4m3:
+    if layout.kind == FLOAT32:
+        return load(builder, codes, floats, builder.add(at, builder.mul(column, integer(4))))
+    if layout.kind == BFLOAT16:
         offset = builder.add(at, builder.mul(column, integer(2)))
         words = builder.zext(load(builder, codes, vector(i16, lanes), offset), vector(i32, lanes))
         return builder.bitcast(builder.shl(words, constant(words.type, 16)), floats)

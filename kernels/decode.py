@@ -130,7 +130,7 @@ def _run(loop: Any, rows: int, columns: int, dtype: torch.dtype, arguments: tupl
 
 
 @jit
-def _store(values, out, dropped):  # type: ignore[no-untyped-def]
+def store(values, out, dropped):  # type: ignore[no-untyped-def]
     """Puts float32 values into bits of float32 (dropped 0) or of bf16 (dropped 16, rounded half to even)."""
     bits = values.view(np.uint32)
     half = np.uint32(0x7FFF if dropped else 0)
@@ -150,7 +150,7 @@ def _group_rows(start, stop, out, dropped, packed, scales, zeros, bits, group_si
             scale, zero = scales[row, group], np.float32(zeros[row, group])
             for i in range(group * group_size, min((group + 1) * group_size, columns)):
                 values[i] = (np.float32(codes[i]) - zero) * scale
-        _store(values, out[row], dropped)
+        store(values, out[row], dropped)
 
 
 @jit
@@ -183,7 +183,7 @@ def _e4m3_rows(start, stop, out, dropped, codes, scales, rows_per_scale, columns
             scale = scales[row // rows_per_scale, block]
             for i in range(first, min(first + columns_per_scale, columns)):
                 values[i] = table[codes[row, i]] * scale
-        _store(values, out[row], dropped)
+        store(values, out[row], dropped)
 
 
 @jit
@@ -197,4 +197,4 @@ def _e2m1_rows(start, stop, out, dropped, packed, scales, group_size, table):  #
                 code = packed[row, i]
                 values[2 * i] = table[code & np.uint8(15)] * scale
                 values[2 * i + 1] = table[code >> np.uint8(4)] * scale
-        _store(values, out[row], dropped)
+        store(values, out[row], dropped)

@@ -34,6 +34,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     *(("kmeans", {"method": "rtn", "granularity": g}) for g in ("channel", "tensor", "group")),
     ("kmeans", {"method": "rtn", "scale": True, "entries": "int8"}),
     ("kmeans", {"method": "rtn", "codebook": "nf", "block_size": 32}),
+    ("bitstack", {"blocks": 2, "scaling": "none"}),
+    ("bitstack", {"blocks": 5, "scaling": "none"}),
     ("nf4", {"block_size": 32}),
     ("nf4", {"block_size": 32, "double_quant": True}),
     ("mxfp4", {"method": "rtn"}),
