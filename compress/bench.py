@@ -28,6 +28,7 @@ CACHED_BYTES = 1 << 27  # of weights: more than the caches of a CPU or a GPU hol
 MOST_COPIES = 24
 ROUND_SECONDS = 0.03  # that one measurement takes at least, by repeating what is quick
 ROUNDS = 5
+MOST_SECONDS = 12.0  # for one number of tokens, after which no other round begins
 SLOWER = 0.97  # of the uncompressed speed: what is below is said to save memory only
 UNCOMPRESSED = "uncompressed"
 
@@ -87,7 +88,7 @@ def bench(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     weight = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
-    dense = _copies({"weight": weight}, device)
+    dense = copies({"weight": weight}, device)
     calls: dict[str, Iterator[Callable[..., Any]]] = {}
     calls[UNCOMPRESSED] = cycle([lambda x, w=held["weight"]: F.linear(x, w) for held in dense])
     bits, chosen = {UNCOMPRESSED: 16.0}, schemes or defaults()
@@ -120,35 +121,37 @@ def candidate(scheme: Scheme, weight: torch.Tensor, device: str) -> tuple[Iterat
     """Endless functions of x that multiply with copies of a weight, and its bits per weight."""
     fitted = scheme.fit((weight.shape[0], weight.shape[1])).for_dtype(weight.dtype)
     tensors = fitted.encode(weight)
-    held = [fitted.prepare(copy) for copy in _copies(tensors, device)]
+    held = [fitted.prepare(copy) for copy in copies(tensors, device)]
     size = sum(tensor.nbytes for tensor in tensors.values())
     return cycle([lambda x, t=t: fitted.linear(x, t) for t in held]), 8 * size / weight.numel()
 
 
 @torch.inference_mode()
 def time_all(
-    calls: Mapping[str, Iterator[Callable[..., Any]]], x: torch.Tensor, rounds: int = ROUNDS
+    calls: Mapping[str, Iterator[Callable[..., Any]]], x: torch.Tensor, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
     """name -> median seconds of a call, all in turn in every round."""
-    repeats = {}
+    repeats, begin = {}, time.perf_counter()
     for name, functions in calls.items():
-        _timed(functions, x, 1)  # compiles, and measures what is faster
-        repeats[name] = max(1, round(ROUND_SECONDS / max(1e-9, _timed(functions, x, 1))))
+        _timed(functions, x, 1, clock)  # compiles, and measures what is faster
+        repeats[name] = max(1, round(ROUND_SECONDS / max(1e-9, _timed(functions, x, 1, clock))))
     found: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
+    for number in range(ROUNDS):
+        if number and time.perf_counter() - begin > MOST_SECONDS:
+            break
         for name, functions in calls.items():
-            found[name].append(_timed(functions, x, repeats[name]))
+            found[name].append(_timed(functions, x, repeats[name], clock))
     return {name: statistics.median(times) for name, times in found.items()}
 
 
-def _timed(functions: Iterator[Callable[..., Any]], x: torch.Tensor, count: int) -> float:
+def _timed(functions: Iterator[Callable[..., Any]], x: torch.Tensor, count: int, clock: Callable[[], float]) -> float:
     """Seconds of each of so many calls."""
     _wait(x)
-    begin = time.perf_counter()
+    begin = clock()
     for _ in range(count):
         next(functions)(x)
     _wait(x)
-    return (time.perf_counter() - begin) / count
+    return (clock() - begin) / count
 
 
 def _wait(x: torch.Tensor) -> None:
@@ -156,7 +159,7 @@ def _wait(x: torch.Tensor) -> None:
         torch.cuda.synchronize(x.device)
 
 
-def _copies(tensors: dict[str, torch.Tensor], device: str) -> list[dict[str, torch.Tensor]]:
+def copies(tensors: dict[str, torch.Tensor], device: str) -> list[dict[str, torch.Tensor]]:
     size = sum(tensor.nbytes for tensor in tensors.values())
     count = min(MOST_COPIES, -(-CACHED_BYTES // max(1, size)))
     return [{name: tensor.to(device, copy=True) for name, tensor in tensors.items()} for _ in range(count)]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compress.formats import fixed
-from compress.kernels import cpu_codes, cpu_floats, measured
+from compress.kernels import cpu_codes, cpu_floats, cpu_words, measured
 
 FEW = 4  # tokens, for which reading a weight is what takes time: a decoded one is larger, and is written and read
 LEAST = 1 << 16  # weights: of fewer, calling a compiled product takes longer than it
@@ -187,7 +187,7 @@ def fixed_words(tensors: dict[str, Tensor], shape: tuple[int, int]) -> Product |
     base = int(tensors["base"][0])
 
     def run(x: Tensor) -> Tensor:
-        return cpu_floats.fixed_words(x, base, codes, counts, starts, escapes, rest)
+        return cpu_words.linear(x, base, codes, counts, starts, escapes, rest)
 
     return Product("bfloat16 in fixed codes", shape, run)
 

@@ -1,7 +1,7 @@
-"""Products with 8-bit floats, and with losslessly coded bfloat16, on the CPU: no weight is decoded beyond a row.
+"""Products with 8-bit floats on the CPU, read as they are stored, and with rows that others have put into its cache.
 
-E4M3 becomes float16 by moving bits (256 times too small), and the processor makes float32 of that. Rows of coded words
-are decoded into the cache nearest to the processor. Everything is float32 then, also the activations.
+E4M3 becomes float16 by moving bits (256 times too small), and the processor makes float32 of that. Everything is
+float32 then, also the activations.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from llvmlite import ir
 from numba.core import cgutils
 from torch import Tensor
 
-from compress.formats import fixed
 from compress.formats.compiled import in_threads, intrinsic, jit
 from compress.kernels import simd
 from compress.kernels.cpu_activations import together
@@ -56,32 +55,14 @@ def e4m3(x: Tensor, codes: Tensor, scales: Tensor | None, group_size: int, rows:
     layout = Layout(E4M3, kind, size, simd.lanes(), together(len(x)))
     steps = np.zeros((1, 1), np.float32) if scales is None else scales.contiguous().numpy()
     height, columns = codes.shape
-    inputs = _inputs(x, size, layout.tokens)
+    inputs = inputs_of(x, size, layout.tokens)
     out = np.zeros((len(inputs), height), np.float32)
     arguments = (codes.contiguous().numpy(), steps, rows, max(1, group_size // size), inputs, out)
     in_threads(_e4m3_rows(layout), height, height * columns * len(x), *arguments)
     return torch.from_numpy(out[: len(x)]).mul_(E4M3_FACTOR)
 
 
-def fixed_words(
-    x: Tensor, base: int, codes: Tensor, counts: Tensor, starts: Tensor, escapes: Tensor, rest: Tensor
-) -> Tensor:
-    """x @ W.T in float32, W the bfloat16 words that `formats.fixed` coded; bit for bit.
-
-    x: (tokens, columns) bf16, fp16 or fp32. rest: (height, columns) uint8. starts: (height,) int64, how many escapes
-    are before the block that each row begins in. The others as `fixed.decode` takes them.
-    """
-    height, columns = rest.shape
-    layout = Layout(BFLOAT16, 0, UNIT, simd.lanes(), together(len(x)))
-    inputs = _inputs(x, UNIT, layout.tokens)
-    out = np.zeros((len(inputs), height), np.float32)
-    arrays = [array.contiguous().numpy() for array in (codes.view(-1, fixed.BLOCK_BYTES), counts, starts, escapes)]
-    arguments = (np.uint8(base), *arrays, rest.contiguous().view(-1).numpy(), inputs, out)
-    in_threads(_fixed_rows(layout), height, height * columns * len(x), columns, *arguments)
-    return torch.from_numpy(out[: len(x)])
-
-
-def _inputs(x: Tensor, size: int, tokens: int) -> Any:
+def inputs_of(x: Tensor, size: int, tokens: int) -> Any:
     """In float32, with zeros behind the last column and the last token."""
     padded = F.pad(x.detach().float(), (0, -x.shape[1] % size, 0, -len(x) % tokens))
     return padded.contiguous().numpy()
@@ -115,33 +96,6 @@ def _e4m3_rows(layout: Layout) -> Any:
                     float_row((source, steps, inputs), (at, token * padded, padded), found, text)
                     for t in range(tokens):
                         out[token + t, row] = found[t]
-
-    return rows_of
-
-
-@cache
-def _fixed_rows(layout: Layout) -> Any:
-    text, tokens = " ".join(map(str, layout)), layout.tokens
-
-    @jit
-    def rows_of(start, stop, columns, base, packed, counts, starts, escapes, rest, x, out):  # type: ignore[no-untyped-def]
-        padded, total = x.shape[1], rest.shape[0]
-        words = np.zeros(columns + padded + 2 * fixed.BLOCK, np.uint16)
-        found, steps, inputs = np.empty(tokens, np.float32), np.zeros(1, np.float32), x.reshape(-1)
-        for row in range(start, stop):
-            block, position = row * columns // fixed.BLOCK, starts[row]
-            at = row * columns - block * fixed.BLOCK
-            for place in range(0, at + columns, fixed.BLOCK):
-                low = rest[block * fixed.BLOCK : min((block + 1) * fixed.BLOCK, total)]
-                behind = position + counts[block]
-                part = words[place : place + low.shape[0]]
-                fixed._decode_block(base, packed[block], escapes[position:behind], low, part)
-                block, position = block + 1, behind
-            words[at + columns :] = 0  # NaN among what follows would not vanish with an input of zero
-            for token in range(0, x.shape[0], tokens):
-                float_row((words.view(np.uint8), steps, inputs), (2 * at, token * padded, padded), found, text)
-                for t in range(tokens):
-                    out[token + t, row] = found[t]
 
     return rows_of
 
