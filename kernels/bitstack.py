@@ -48,6 +48,11 @@ class Planes:
         return torch.tensor([plane.data_ptr() for plane in self.planes], device=self.u.device)
 
     @cached_property
+    def vectors(self) -> Any:
+        """v as the loops of `cpu_planes` read it."""
+        return cpu_planes.interleaved(self.v.float().numpy())
+
+    @cached_property
     def product(self) -> Product | None:
         """What multiplies with it on the CPU, without a decoded weight."""
         if self.u.device.type != "cpu" or not cpu_planes.can_run(self.shape[1]):
@@ -55,9 +60,8 @@ class Planes:
 
         def run(x: Tensor) -> Tensor:
             columns = self.shape[1]
-            padded = F.pad(x.detach().float(), (0, -columns % 8))
-            padded = F.pad(padded, (0, -padded.shape[1] % 128)).contiguous()
-            return torch.from_numpy(cpu_planes.product(*_arrays(self), padded.numpy()))
+            padded = F.pad(x.detach().float(), (0, -columns % 128)).contiguous()
+            return torch.from_numpy(cpu_planes.product(*_arrays(self), padded.numpy(), columns))
 
         return Product(f"{len(self.planes)} bit planes of rank {self.u.shape[1]}", self.shape, run)
 
@@ -114,10 +118,9 @@ def decode(stack: Planes) -> Tensor:
 
 def _arrays(stack: Planes) -> tuple[Any, Any, Any, float, Any, float]:
     """What both loops of `cpu_planes` take of a stack, on the CPU."""
-    n = stack.shape[1]
-    u, v = stack.u.contiguous().view(torch.int16).numpy().view(np.uint16), F.pad(stack.v.float(), (0, -n % 8))
+    u = stack.u.contiguous().view(torch.int16).numpy().view(np.uint16)
     largest = torch.finfo(stack.dtype).max
-    return stack.addresses.numpy(), u, v.contiguous().numpy(), FLOOR, stack.levels.numpy(), largest
+    return stack.addresses.numpy(), u, stack.vectors, FLOOR, stack.levels.numpy(), largest
 
 
 def decode_torch(stack: Planes) -> Tensor:

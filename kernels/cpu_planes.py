@@ -17,7 +17,7 @@ from compress.formats.compiled import in_threads, intrinsic, jit
 from compress.kernels import simd
 from compress.kernels.cpu_floats import FLOAT32, Layout, float_row
 from compress.kernels.decode import store
-from compress.kernels.simd import constant, f32, i8, i16, i32, i64, integer, load, splat, vector
+from compress.kernels.simd import constant, f32, i8, i32, i64, integer, load, splat, vector
 
 ROWS = 4  # that share the factor of the columns in registers
 MOST_CHOSEN = 3  # bits of a code whose level is chosen in registers; of longer ones it is looked up
@@ -36,23 +36,36 @@ def can_run(columns: int) -> bool:
     return -(-columns // 8) >= simd.lanes() // 8
 
 
+def interleaved(v: Any) -> Any:
+    """v: (k, columns) float32. Returns (vectors, k, lanes): for each vector of columns what is added up to its scale.
+
+    The last vector ends with the last whole byte of bits, and begins before the one before it ends.
+    """
+    lanes, width = simd.lanes(), -(-v.shape[1] // 8) * 8
+    starts = np.minimum(np.arange(0, width, lanes), width - lanes)
+    padded = np.zeros((len(v), width), np.float32)
+    padded[:, : v.shape[1]] = v
+    return np.ascontiguousarray(padded[:, starts[:, None] + np.arange(lanes)].transpose(1, 0, 2))
+
+
 def decode(addresses: Any, u: Any, v: Any, floor: float, levels: Any, largest: float, out: Any, dropped: int) -> None:
     """Fills out, (rows, columns) uint16 (dropped 16) or uint32, with the bits of the weights, as every machine does.
 
     addresses: (planes,) int64, of the planes, each (rows, ceil(columns / 8)) uint8. u: (rows, k) uint16, the bits of
-    bfloat16. v: (k, 8 * ceil(columns / 8)) float32. levels: (2**(planes - 1),) float32.
+    bfloat16. v: as `interleaved` gives it. levels: (2**(planes - 1),) float32.
     """
     loop = _dense_rows(Form(len(addresses), simd.lanes(), 0))
     numbers = (np.float32(floor), np.float32(largest))
     in_threads(loop, len(out), out.size, addresses, u, v, levels, *numbers, out, dropped)
 
 
-def product(addresses: Any, u: Any, v: Any, floor: float, levels: Any, largest: float, x: Any) -> Any:
-    """(tokens, rows) float32. x: (tokens, v's columns and up to 127 more) float32. The others as in `decode`."""
+def product(addresses: Any, u: Any, v: Any, floor: float, levels: Any, largest: float, x: Any, columns: int) -> Any:
+    """(tokens, rows) float32. x: (tokens, 128 * n) float32, zeros behind the columns of W. The others as in `decode`."""
     out = np.empty((len(x), len(u)), np.float32)
     loop = _product_rows(Form(len(addresses), simd.lanes(), 1), Layout(FLOAT32, 0, 128, simd.lanes(), 1))
     numbers = (np.float32(floor), np.float32(largest))
-    in_threads(loop, len(u), len(u) * v.shape[1], addresses, u, v, levels, *numbers, x, out)
+    width = -(-columns // 8) * 8
+    in_threads(loop, len(u), len(u) * width, addresses, u, v, levels, *numbers, x, width, out)
     return out
 
 
@@ -62,10 +75,12 @@ def _dense_rows(form: Form) -> Any:
 
     @jit
     def rows_of(start, stop, addresses, u, v, levels, floor, largest, out, dropped):  # type: ignore[no-untyped-def]
-        columns, width = out.shape[1], v.shape[1]
+        columns, width = out.shape[1], (out.shape[1] + 7) // 8 * 8
         found = np.empty((ROWS, width), np.float32)
-        factors = (addresses, u.reshape(-1), v.reshape(-1), levels, found.reshape(-1))
+        left = np.empty(ROWS * u.shape[1], np.float32)
+        factors = (addresses, left, v.reshape(-1), levels, found.reshape(-1))
         for row in range(start, stop, ROWS):
+            _widen(u, row, stop, left)
             plane_rows((floor, largest), factors, (row, stop, u.shape[1], width), text)
             for r in range(min(ROWS, stop - row)):
                 store(found[r, :columns], out[row + r], dropped)
@@ -78,12 +93,14 @@ def _product_rows(form: Form, layout: Layout) -> Any:
     text, how = " ".join(map(str, form)), " ".join(map(str, layout))
 
     @jit
-    def rows_of(start, stop, addresses, u, v, levels, floor, largest, x, out):  # type: ignore[no-untyped-def]
-        padded, width = x.shape[1], v.shape[1]
+    def rows_of(start, stop, addresses, u, v, levels, floor, largest, x, width, out):  # type: ignore[no-untyped-def]
+        padded = x.shape[1]
         rows = np.zeros(ROWS * width + padded, np.float32)
-        factors, inputs = (addresses, u.reshape(-1), v.reshape(-1), levels, rows), x.reshape(-1)
+        left, inputs = np.empty(ROWS * u.shape[1], np.float32), x.reshape(-1)
+        factors = (addresses, left, v.reshape(-1), levels, rows)
         codes, steps, found = rows.view(np.uint8), np.zeros(1, np.float32), np.empty(1, np.float32)
         for row in range(start, stop, ROWS):
+            _widen(u, row, stop, left)
             plane_rows((floor, largest), factors, (row, stop, u.shape[1], width), text)
             for token in range(x.shape[0]):
                 for r in range(min(ROWS, stop - row)):
@@ -93,12 +110,24 @@ def _product_rows(form: Form, layout: Layout) -> Any:
     return rows_of
 
 
+@jit
+def _widen(u, row, stop, left):  # type: ignore[no-untyped-def]
+    """The factors of a few rows in float32."""
+    rank = u.shape[1]
+    for r in range(ROWS):
+        source = u[min(row + r, stop - 1)]
+        for k in range(rank):
+            left[r * rank + k] = np.uint32(np.uint32(source[k]) << np.uint32(16)).view(np.float32)
+
+
 @intrinsic
 def plane_rows(context, limits, arrays, place, form):  # type: ignore[no-untyped-def]
     """Fills the last of `arrays` with ROWS rows, in float32; those behind the last row are that row.
 
-    limits: the floor and the largest weight. arrays: addresses, u, v, levels, and what is filled, all flat. place: the
-    first row, the one behind the last, k, and the columns of v.
+    limits: the floor and the largest weight. arrays: addresses, u of these rows in float32, v,
+    levels, and what is filled, all flat. place: the
+    first row, the one behind the last, k, and the columns of
+    what is filled.
     """
     chosen = Form(*map(int, form.literal_value.split()))
 
@@ -134,7 +163,7 @@ class _Rows:
             byte = builder.mul(number, integer(step))
             byte = builder.select(builder.icmp_signed("<", byte, end), byte, end)  # the last vector overlaps
             column = builder.mul(byte, integer(8))
-            for r, scale in enumerate(self._scales(column)):
+            for r, scale in enumerate(self._scales(number)):
                 source = builder.add(builder.mul(self.rows[r], width), byte)
                 bits = [self._bits(plane, source) for plane in self._planes()]
                 weights = self._weights(scale, bits)
@@ -142,16 +171,16 @@ class _Rows:
                 target = builder.gep(builder.bitcast(self.out, i8.as_pointer()), [at])
                 builder.store(weights, builder.bitcast(target, weights.type.as_pointer()), align=4)
 
-    def _scales(self, column: Any) -> list[Any]:
+    def _scales(self, number: Any) -> list[Any]:
         """max(u @ v, floor * u0 * v0) of each row, summed in the order of the factors."""
         builder = self.builder
-        firsts = [builder.fmul(self._left(row, integer(0)), self._right(integer(0), column)) for row in self.rows]
+        firsts = [builder.fmul(self._left(row, integer(0)), self._right(integer(0), number)) for row in range(ROWS)]
         sums = [cgutils.alloca_once_value(builder, first) for first in firsts]
         for place, first in zip(sums, firsts, strict=True):
             builder.store(first, place)
         with cgutils.for_range_slice(builder, integer(1), self.rank, integer(1), inc=True) as (factor, _):
-            right = self._right(factor, column)
-            for row, place in zip(self.rows, sums, strict=True):
+            right = self._right(factor, number)
+            for row, place in enumerate(sums):
                 left, so_far = self._left(row, factor), builder.load(place)
                 if self.form.fused:
                     value = simd.fma(builder, left, right, so_far)
@@ -161,16 +190,15 @@ class _Rows:
         pairs = [(builder.load(place), builder.fmul(f, self.floor)) for place, f in zip(sums, firsts, strict=True)]
         return [builder.select(builder.fcmp_ordered(">", *pair), *pair) for pair in pairs]
 
-    def _left(self, row: Any, factor: Any) -> Any:
+    def _left(self, row: int, factor: Any) -> Any:
         builder = self.builder
-        at = builder.mul(builder.add(builder.mul(row, self.rank), factor), integer(2))
-        word = builder.shl(builder.zext(load(builder, self.u, i16, at), i32), ir.Constant(i32, 16))
-        return splat(builder, builder.bitcast(word, f32), self.form.lanes)
+        at = builder.mul(builder.add(builder.mul(integer(row), self.rank), factor), integer(4))
+        return splat(builder, load(builder, self.u, f32, at), self.form.lanes)
 
-    def _right(self, factor: Any, column: Any) -> Any:
+    def _right(self, factor: Any, number: Any) -> Any:
         builder = self.builder
-        at = builder.mul(builder.add(builder.mul(factor, self.columns), column), integer(4))
-        return load(builder, self.v, self.floats, at)
+        at = builder.add(builder.mul(number, self.rank), factor)
+        return load(builder, self.v, self.floats, builder.mul(at, integer(4 * self.form.lanes)))
 
     def _planes(self) -> list[Any]:
         """Where each plane lies."""

@@ -44,22 +44,23 @@ def _fixed_rows(layout: Layout) -> Any:
 
     @jit
     def rows_of(start, stop, columns, base, packed, counts, starts, escapes, rest, x, out):  # type: ignore[no-untyped-def]
-        padded, total = x.shape[1], rest.shape[0]
+        padded, total, codes = x.shape[1], rest.shape[0], packed.reshape(-1)
         words = np.zeros(columns + padded + 2 * fixed.BLOCK, np.uint16)
         found, steps, inputs = np.empty(tokens, np.float32), np.zeros(1, np.float32), x.reshape(-1)
         for row in range(start, stop):
             block, position = row * columns // fixed.BLOCK, starts[row]
             at = row * columns - block * fixed.BLOCK
             for place in range(0, at + columns, fixed.BLOCK):
-                low = rest[block * fixed.BLOCK : min((block + 1) * fixed.BLOCK, total)]
                 behind = position + counts[block]
-                part = words[place : place + low.shape[0]]
-                if low.shape[0] == fixed.BLOCK:
-                    _block(words, place, packed[block], low, base)
-                    for escape in escapes[position:behind]:
-                        i = np.int64(escape >> np.uint16(8))
-                        part[i] = (part[i] & np.uint16(0x807F)) | ((escape & np.uint16(255)) << np.uint16(7))
+                if (block + 1) * fixed.BLOCK <= total:
+                    _block(words, place, codes, block * fixed.BLOCK_BYTES, rest, block * fixed.BLOCK, base)
+                    for number in range(position, behind):
+                        escape = escapes[number]
+                        i = place + np.int64(escape >> np.uint16(8))
+                        words[i] = (words[i] & np.uint16(0x807F)) | ((escape & np.uint16(255)) << np.uint16(7))
                 else:
+                    low = rest[block * fixed.BLOCK :]
+                    part = words[place : place + low.shape[0]]
                     fixed._decode_block(base, packed[block], escapes[position:behind], low, part)
                 block, position = block + 1, behind
             words[at + columns :] = 0  # NaN among what follows would not vanish with an input of zero
@@ -72,32 +73,35 @@ def _fixed_rows(layout: Layout) -> Any:
 
 
 @intrinsic
-def _block(context, words, place, packed, rest, base):  # type: ignore[no-untyped-def]
-    """Decodes a whole block into words[place:], escapes aside: `fixed._decode_block` in vectors of bytes."""
+def _block(context, words, place, packed, code, rest, low, base):  # type: ignore[no-untyped-def]
+    """Decodes a whole block into words[place:], escapes aside: `fixed._decode_block` in vectors of bytes.
+
+    Its codes are packed[code:], and its other bits rest[low:].
+    """
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         kinds = signature.args
-        target, codes, low = (simd.data(context, builder, arguments[i], kinds[i]) for i in (0, 2, 3))
-        bytes_, pairs = vector(i8, STEP), vector(i16, STEP // 2)
+        pairs = [(simd.data(context, builder, arguments[i], kinds[i]), arguments[i + 1]) for i in (0, 2, 4)]
+        start, codes, lows = (builder.gep(base, [offset]) for base, offset in pairs)
+        bytes_, halves = vector(i8, STEP), vector(i16, STEP // 2)
 
         def moved(value: Any, by: int, mask: int) -> Any:
             """The bits of every byte moved up, or down where negative; of these the ones in the mask."""
-            wide = builder.bitcast(value, pairs)
+            wide = builder.bitcast(value, halves)
             if by:
-                wide = (builder.shl if by > 0 else builder.lshr)(wide, constant(pairs, abs(by)))
+                wide = (builder.shl if by > 0 else builder.lshr)(wide, constant(halves, abs(by)))
             return builder.and_(builder.bitcast(wide, bytes_), constant(bytes_, mask))
 
-        first = splat(builder, arguments[4], STEP)
-        start = builder.gep(target, [arguments[1]])
+        first = splat(builder, arguments[6], STEP)
         high = load(builder, codes, bytes_, integer(64))
         order = [i + source for i in range(STEP) for source in (0, STEP)]
         for line in range(0, fixed.BLOCK, 64):
-            simd.prefetch(builder, low, integer(line + simd.AHEAD))
+            simd.prefetch(builder, lows, integer(line + simd.AHEAD))
         for number in range(fixed.BLOCK // STEP):
             two = load(builder, codes, bytes_, integer(STEP * number % 64))
             code = builder.or_(moved(two, -2 * (number // 2), 3), moved(high, 2 - number, 4))
             symbol = builder.add(code, first)
-            rest_bits = load(builder, low, bytes_, integer(STEP * number))
+            rest_bits = load(builder, lows, bytes_, integer(STEP * number))
             lower = builder.or_(moved(rest_bits, 0, 0x7F), moved(symbol, 7, 0x80))
             upper = builder.or_(moved(rest_bits, 0, 0x80), moved(symbol, -1, 0x7F))
             both = builder.shuffle_vector(lower, upper, constant(vector(i32, 2 * STEP), order))
@@ -105,4 +109,4 @@ def _block(context, words, place, packed, rest, base):  # type: ignore[no-untype
             builder.store(both, builder.bitcast(at, both.type.as_pointer()), align=1)
         return context.get_dummy_value()
 
-    return numba.void(words, place, packed, rest, base), generate
+    return numba.void(words, place, packed, code, rest, low, base), generate
