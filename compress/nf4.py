@@ -84,7 +84,8 @@ class Nf4(Scheme):
         state = State.unpack(Spec.of("quant_state", tensors["quant_state"]).text or b"")
         rows, columns = state.shape
         product = None
-        if columns % state.block_size == 0:  # otherwise blocks go on from one row to the next
+        whole = rows * columns == tensors["absmax"].numel() * state.block_size == 2 * tensors["weight"].numel()
+        if whole and columns % state.block_size == 0:  # otherwise blocks go on from one row to the next
             scales = _absmax(tensors, state).view(rows, -1)
             levels = tensors["quant_map"][None]
             product = cpu.tables(tensors["weight"], scales, levels, state.block_size, (rows, columns), high_first=True)

@@ -103,7 +103,10 @@ def integers(
     scales = scales.float() if scales.dtype == torch.float16 else scales
     if not _sound(scales, power):
         return None
-    codes = packed.contiguous().view(torch.uint8)
+    codes, groups = packed.contiguous().view(torch.uint8), -(-columns // group_size)
+    fits = 8 * codes.shape[1] >= columns * bits and scales.shape == (len(codes), groups)
+    if not fits or (zeros is not None and zeros.shape != scales.shape):
+        return None  # decoding says what is wrong
 
     def run(x: Tensor) -> Tensor | None:
         return cpu_codes.integers(x, codes, scales, zeros, bits, group_size, power)
@@ -130,6 +133,11 @@ def tables(
     single = scales is None or scales.shape[1] == 1
     if packed.device.type != "cpu" or cpu_codes.table_unit(cpu_codes.TABLE_GROUP if single else group_size) is None:
         return None
+    rows, groups = rows or shape[0], -(-shape[1] // group_size)
+    whole = packed.nbytes % max(1, shape[0]) == 0 and packed.nbytes // max(1, shape[0]) >= -(-shape[1] // 2)
+    known = len(levels) == -(-shape[0] // rows) if rows else False
+    if not whole or not known or (scales is not None and scales.shape != (shape[0], groups)):
+        return None  # decoding says what is wrong
     levels = levels.float()
     largest = levels.abs().amax(1, keepdim=True)
     if not bool(largest.isfinite().all()) or (scales is not None and not _sound(scales, 0)):
@@ -137,7 +145,6 @@ def tables(
     units = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 15)
     books = (levels / units).round().clamp(-32768, 32767).to(torch.int16).view(torch.uint8).view(-1, 16, 2)
     books = books.transpose(1, 2).reshape(-1, 32).contiguous()
-    rows = rows or shape[0]
     share = (rows, rows) if scales is None else (1, rows)
     if scales is None:
         scales = units
@@ -165,6 +172,8 @@ def e4m3(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Product | Non
     stored = codes.view(torch.uint8)
     if not _sound(scales, 0) or bool(((stored & 0x7F) == 0x7F).any()):  # NaN, which the kernel takes for 480
         return None
+    if scales.shape != (-(-len(codes) // block[0]), -(-codes.shape[1] // block[1])):
+        return None  # decoding says what is wrong
     steps = scales if scales.dtype == torch.uint8 else scales.float()
     whole = None if across else steps.repeat_interleave(block[0], 0)[: len(codes), 0]
 
@@ -181,7 +190,8 @@ def fixed_words(tensors: dict[str, Tensor], shape: tuple[int, int]) -> Product |
     if codes.device.type != "cpu":
         return None
     before = F.pad(counts.int().cumsum(0), (1, 0))
-    if int(before[-1]) != escapes.numel():
+    blocks = -(-rest.numel() // fixed.BLOCK)
+    if counts.numel() != blocks or codes.numel() != blocks * fixed.BLOCK_BYTES or int(before[-1]) != escapes.numel():
         return None  # decoding says what is wrong
     starts = before[torch.arange(shape[0]) * shape[1] // fixed.BLOCK]
     base = int(tensors["base"][0])

@@ -145,26 +145,31 @@ def _kernel(layout: Layout) -> Any:
     def rows_of(start, stop, packed, scales, others, share, other_share, x, x_scales, x_sums, out):  # type: ignore[no-untyped-def]
         (height, width), groups, units = packed.shape, scales.shape[1], x_scales.shape[1]
         step = units if x.shape[0] == 1 else COLUMNS // size
-        whole = height - (slack + width - 1) // width  # rows behind which there is enough to read
-        last, last_scales = np.zeros(width + slack, np.uint8), np.zeros(groups + more, scales.dtype)
-        last_zeros, found = np.zeros(groups + more, np.uint8), np.empty(tokens, np.float32)
-        all_weights = (packed.reshape(-1), scales.reshape(-1), others.reshape(-1))
-        inputs = (x.reshape(-1), x_scales.reshape(-1), x_sums.reshape(-1))
-        for first in range(start, stop, ROWS):
-            for token in range(0, x.shape[0], tokens):
-                for begin in range(0, units, step):
-                    for row in range(first, min(first + ROWS, stop)):
-                        weights, at = all_weights, row * width
-                        group, other = row // share * groups, row // other_share * others.shape[1]
-                        if row >= whole:
-                            last[:width], last_scales[:groups] = packed[row], scales[row // share]
-                            weights, at, group = (last, last_scales, all_weights[2]), 0, 0
-                            if has_zeros:
-                                last_zeros[:groups], other = others[row], 0
-                                weights = (last, last_scales, last_zeros)
-                        place = (at, group, other, token * units, units, begin, min(begin + step, units))
-                        row_product(weights, inputs, place, found, text)
-                        for t in range(tokens):
-                            out[token + t, row] += found[t]
+        # The last rows, behind which there is not enough to read, are copied to where there is.
+        whole = max(0, height - (slack + width - 1) // width)
+        last = min(height - whole, max(0, stop - whole))
+        codes, steps = np.zeros(last * width + slack, np.uint8), np.zeros(last * groups + more, scales.dtype)
+        zeros, found = np.zeros(last * groups + more, np.uint8), np.empty(tokens, np.float32)
+        for row in range(last):
+            codes[row * width : (row + 1) * width] = packed[whole + row]
+            steps[row * groups : (row + 1) * groups] = scales[(whole + row) // share]
+            if has_zeros:
+                zeros[row * groups : (row + 1) * groups] = others[whole + row]
+        inputs, all_others = (x.reshape(-1), x_scales.reshape(-1), x_sums.reshape(-1)), others.reshape(-1)
+        weights, base, shared = (packed.reshape(-1), scales.reshape(-1), all_others), 0, share
+        low, high = start, min(stop, whole)
+        for _ in range(2):
+            for first in range(low, high, ROWS):
+                for token in range(0, x.shape[0], tokens):
+                    for begin in range(0, units, step):
+                        for row in range(first, min(first + ROWS, high)):
+                            group = (row - base) // shared * groups
+                            other = group if has_zeros else row // other_share * others.shape[1]
+                            part = (token * units, units, begin, min(begin + step, units))
+                            row_product(weights, inputs, ((row - base) * width, group, other, *part), found, text)
+                            for t in range(tokens):
+                                out[token + t, row] += found[t]
+            weights, base, shared = (codes, steps, zeros if has_zeros else all_others), whole, 1
+            low, high = max(start, whole), stop
 
     return rows_of

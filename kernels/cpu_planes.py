@@ -60,7 +60,7 @@ def decode(addresses: Any, u: Any, v: Any, floor: float, levels: Any, largest: f
 
 
 def product(addresses: Any, u: Any, v: Any, floor: float, levels: Any, largest: float, x: Any, columns: int) -> Any:
-    """(tokens, rows) float32. x: (tokens, 128 * n) float32, zeros behind the columns of W. The others as in `decode`."""
+    """(tokens, rows) float32. x: (tokens, 128 * n) float32, zeros behind W's columns. The others as in `decode`."""
     out = np.empty((len(x), len(u)), np.float32)
     loop = _product_rows(Form(len(addresses), simd.lanes(), 1), Layout(FLOAT32, 0, 128, simd.lanes(), 1))
     numbers = (np.float32(floor), np.float32(largest))
