@@ -33,9 +33,12 @@ class Product:
     layout: str
     shape: tuple[int, int]
     run: Callable[[Tensor], Tensor | None]
+    few_only: bool = False  # many tokens get the bits that torch gives: what loses nothing is scored so
 
     def linear(self, x: Tensor, bias: Tensor | None, decode: Callable[[], Tensor]) -> Tensor | None:
         """(..., columns) -> (..., rows) in x's dtype; None where a decoded weight is better. decode: makes it."""
+        if x.shape[-1] != self.shape[1]:
+            raise ValueError(f"x: {x.shape[-1]} columns, and the weight has {self.shape[1]}")
         flat = x.reshape(-1, x.shape[-1])
         if not len(flat) or not self._is_faster(len(flat), decode):
             return None
@@ -51,7 +54,9 @@ class Product:
             return forced == "fused"
         if self.shape[0] * self.shape[1] < LEAST:
             return False
-        return tokens <= FEW or tokens <= measured.most_tokens(self.layout, self.shape, self.run, decode)
+        if tokens <= FEW or self.few_only:
+            return tokens <= FEW
+        return tokens <= measured.most_tokens(self.layout, self.shape, self.run, decode)
 
 
 class Prepared(dict[str, Tensor]):
@@ -199,7 +204,7 @@ def fixed_words(tensors: dict[str, Tensor], shape: tuple[int, int]) -> Product |
     def run(x: Tensor) -> Tensor:
         return cpu_words.linear(x, base, codes, counts, starts, escapes, rest)
 
-    return Product("bfloat16 in fixed codes", shape, run)
+    return Product("bfloat16 in fixed codes", shape, run, few_only=True)
 
 
 def _sound(scales: Tensor, power: int) -> bool:

@@ -88,6 +88,34 @@ def test_fixed_codes_lose_nothing_but_the_order_of_the_sums(shape: tuple[int, in
         assert prepared.product is not None and error(scheme.linear(x, prepared), wanted) < 1e-6
 
 
+def test_many_tokens_get_the_bits_that_the_original_gives_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COMPRESS_CPU_PATH")
+    weight, x = gaussian(256, 512), gaussian(20, 512)
+    for coding in ("huffman", "fixed"):
+        scheme = make("df11", {"coding": coding})
+        assert torch.equal(scheme.linear(x, scheme.prepare(scheme.encode(weight))), F.linear(x, weight))
+
+
+@pytest.mark.parametrize(
+    "name, options, cut",
+    [
+        ("int4", {"method": "rtn"}, "weight_packed"),
+        ("int4", {"method": "rtn"}, "weight_scale"),
+        ("kmeans", {"method": "rtn"}, "indices"),
+        ("fp8", {"granularity": "block"}, "weight_scale"),
+        ("mxfp4", {"method": "rtn"}, "weight_scale"),
+        ("df11", {"coding": "fixed"}, "escape_counts"),
+    ],
+)
+def test_tensors_that_are_cut_off_are_refused_and_never_read_past_their_end(
+    name: str, options: dict[str, Any], cut: str
+) -> None:
+    scheme, tensors = stored(name, (40, 256), **options)
+    tensors[cut] = tensors[cut][:, :-1] if tensors[cut].dim() == 2 else tensors[cut][:-1]
+    with pytest.raises((ValueError, RuntimeError)):
+        scheme.linear(gaussian(2, 256), scheme.prepare(tensors))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_inputs_and_weights_of_every_dtype_and_any_shape_of_inputs(dtype: torch.dtype) -> None:
     scheme, tensors = stored("int4", (40, 128), dtype, method="rtn")
