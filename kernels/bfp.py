@@ -45,13 +45,17 @@ def pack(mantissas: Tensor, exponents: Tensor, form: Format, columns: int) -> Pa
 
 def decode(weight: Blocks) -> Tensor:
     """(N, K) in the weight's dtype."""
+    if prepared.runs_triton(weight.mantissas.device):
+        from compress.kernels import bfp_triton  # imports triton, which a machine without a GPU need not have
+
+        return bfp_triton.decode(weight.mantissas, weight.exponents, weight.form, weight.shape[1])
     return unpack(weight.mantissas, weight.exponents, weight.form, weight.shape[1])
 
 
 def linear(x: Tensor, weight: Blocks, bias: Tensor | None = None) -> Tensor:
     """x @ W.T + bias: fused on a GPU for as many tokens as that is faster for, else of the decoded weight."""
     if prepared.runs_triton(x.device):
-        from compress.kernels import bfp_triton  # imports triton, which a machine without a GPU need not have
+        from compress.kernels import bfp_triton
 
         if x.numel() <= bfp_triton.FUSED_TOKENS * x.shape[-1]:
             return bfp_triton.linear(x, weight.mantissas, weight.exponents, weight.form, bias)

@@ -28,11 +28,11 @@ def _codes(row, first, last, BITS: tl.constexpr, BLOCK: tl.constexpr):
     return ((low | high << 8) >> (bit & 7)) & ((1 << BITS) - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "SPLIT"])  # one compilation for any number of tokens
 def matmul(
     mantissas, exponents, x, partial, M, N, K, row_bytes, blocks,
     BITS: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT,
 ):  # fmt: skip
     """partial[split, m, n]: the sums over that split's blocks of K.
 
@@ -56,3 +56,25 @@ def matmul(
         total += sums * ((exponent - (BITS - 2)) << 23).to(tl.float32, bitcast=True)[:, None]
     at = (split * M + m).to(tl.int64)[None, :] * N + n[:, None]
     tl.store(partial + at, total, mask=(n[:, None] < N) & (m[None, :] < M))
+
+
+@triton.jit
+def decode(
+    mantissas, exponents, out, N, K, row_bytes, blocks,
+    BITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out[n, k]: mantissa * step in float32, rounded to the dtype of out."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    row = tl.minimum(n, N - 1).to(tl.int64)
+    bit = k * BITS
+    at = bit >> 3
+    code = tl.load(mantissas + row * row_bytes + at, mask=at < row_bytes, other=0).to(tl.int32)
+    if 8 % BITS:  # codes that straddle bytes
+        high = tl.load(mantissas + row * row_bytes + at + 1, mask=at + 1 < row_bytes, other=0).to(tl.int32)
+        code |= high << 8
+    number = ((code >> (bit & 7)) & ((1 << BITS) - 1)) - (1 << (BITS - 1))
+    exponent = tl.load(exponents + row * blocks + k // BLOCK, mask=k < K, other=127).to(tl.int32)
+    step = ((exponent - (BITS - 2)) << 23).to(tl.float32, bitcast=True)
+    value = tl.where(number == 0, 0.0, number.to(tl.float32) * step)
+    tl.store(out + row * K + k, value.to(out.dtype.element_ty), mask=(n < N) & (k < K))

@@ -61,3 +61,24 @@ def linear(x: Tensor, mantissas: Tensor, exponents: Tensor, form: Format, bias: 
                 num_stages=3 if block_m == 16 else 2,
             )
     return sums.finish(partial, bias, x.dtype).view(*x.shape[:-1], rows)
+
+
+def decode(mantissas: Tensor, exponents: Tensor, form: Format, columns: int) -> Tensor:
+    """(N, columns) in the form's dtype."""
+    out = torch.empty(len(mantissas), columns, dtype=form.dtype, device=mantissas.device)
+    if out.numel():
+        with torch.cuda.device_of(out):
+            kernels.decode[(triton.cdiv(len(out), 8), triton.cdiv(columns, 512))](
+                mantissas.contiguous(),
+                exponents.contiguous(),
+                out,
+                *out.shape,
+                mantissas.shape[1],
+                exponents.shape[1],
+                BITS=form.bits,
+                BLOCK=form.block_size,
+                BLOCK_N=8,
+                BLOCK_K=512,
+                num_warps=4,
+            )
+    return out

@@ -37,7 +37,7 @@ def _scale(u, v, rows, columns, N, K, RANK, FLOOR, R: tl.constexpr):
     return tl.maximum(total, u0[:, None] * v0[None, :] * FLOOR)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "SPLIT"])  # one compilation for any number of tokens
 def matmul(
     planes,
     u,
@@ -56,7 +56,7 @@ def matmul(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     R: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPLIT,
 ):
     """partial[s] = x @ W.T over the s-th part of K. planes: (COUNT,) int64 addresses. partial: (SPLIT, M, N) fp32."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -221,10 +221,10 @@ def _tile(even, odd, DOT: tl.constexpr):
     return tl.reshape(tl.join(a, b), (even.shape[0], 4 * even.shape[1])).to(DOT, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "SPLIT"])  # one compilation for any number of tokens
 def matmul(
     sign_mantissa, codes, constants, x, partial, M, N, K,
-    DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, ALIGNED: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """partial[split, m, n]: the sums over that split's part of K, escapes not yet accounted for."""
     constants = _load_constants(constants)
@@ -261,10 +261,10 @@ def matmul(
     tl.store(partial + at, total, mask=(n[:, None] < N) & (m[None, :] < M))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "SPLIT"])  # one compilation for any number of tokens
 def finish(
     partial, xt, row_start, escapes, constants, bias, y, M, N,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ESCAPES: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ESCAPES: tl.constexpr, SPLIT,
 ):  # fmt: skip
     """y = the sum of the partial sums, x times the differences of the escapes, and the bias."""
     constants = _load_constants(constants)

@@ -134,13 +134,13 @@ def _pairs(unit, HALF: tl.constexpr, BITS: tl.constexpr):
     return tl.reshape(parts[0], (unit[0].shape[0], unit[0].shape[1], HALF))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "SPLIT"])  # one compilation for any number of tokens
 def product(
     codes, scales, zeros, x, bias, y, M, N, K, words, blocks, ROWS, factor,
     FORM: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr, WHERE: tl.constexpr,
-    DOT: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT, DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """y[m, n] of x @ W.T + bias; or where SPLIT > 1 y[split, m, n], float32, without the bias."""
+    """y[m, n] of x @ W.T + bias; where SPLIT > 1, y[split, m, n] in float32, and bias is None."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     part = tl.program_id(2)
@@ -185,7 +185,7 @@ def product(
         total *= _scales(tl.load(scales + scaled), SCALES)
     total *= factor
     at = (part * M + m).to(tl.int64)[None, :] * N + n[:, None]
-    if SPLIT == 1 and bias is not None:
+    if bias is not None:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     tl.store(y + at, total.to(y.dtype.element_ty), mask=(n[:, None] < N) & (m[None, :] < M))
 

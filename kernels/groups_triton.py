@@ -71,7 +71,7 @@ def linear(x: Tensor, weight: Groups, bias: Tensor | None = None) -> Tensor:
                 weight.scales,
                 weight.zeros,
                 flat,
-                bias,
+                bias if split == 1 else None,
                 y,
                 tokens,
                 *_sizes(weight),

@@ -46,7 +46,9 @@ def _tile(
     else:
         table = tables + ((row // ROWS) << BITS)
     if BITS <= 4:
-        values = tl.gather(tl.load(table + tl.arange(0, 1 << BITS)[None, :]), codes, 1)
+        # 16 at least: Triton 3.6 cannot lay out a gather from fewer over a warp.
+        level = tl.minimum(tl.arange(0, 16), (1 << BITS) - 1)[None, :]
+        values = tl.gather(tl.load(table + level), codes, 1)
     else:
         values = tl.load(table + codes)
     if SCALED:
@@ -85,11 +87,11 @@ def decode(
     tl.store(out + (row * K + k), values.to(out.dtype.element_ty), mask=(n < N) & (k < K))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "SPLIT"])  # one compilation for any number of tokens
 def product(
     indices, tables, scales, selector, x, partial, M, N, K, words, planes, blocks, ROWS,
     COLUMNS: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, SCALED: tl.constexpr, SWAPPED: tl.constexpr,
-    DOT: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT, DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """partial[split, m, n] of x @ W.T, float32; one token (BLOCK_M 1) with plain products, more with matrix ones."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)

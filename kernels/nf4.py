@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -37,8 +36,8 @@ def pack(
     rows, columns = shape
     if prepared.runs_triton(packed.device) and rows and columns and columns % block_size == 0:
         indices = packed.view(rows, -1).view(torch.int32)
-        how: dict[str, Any] = {"scales": absmax.view(rows, -1), "swapped": True}
-        return lookup.pack(indices, levels[None], (rows, columns), 1, block_size, dtype, **how)
+        parts = indices, levels[None], (rows, columns), 1, block_size, dtype
+        return lookup.pack(*parts, scales=absmax.view(rows, -1), swapped=True)
     return LAYOUT(packed, absmax, levels, block_size, shape, dtype)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -113,7 +113,7 @@ class Packed(Prepared):
 
 
 @cache
-def _read(rest: str) -> dict[str, Mapping[str, Any]]:
+def _read(rest: str) -> dict[str, Any]:
     known: dict[str, Any] = json.loads(rest)
     for name, value in known["values"].items():
         if isinstance(value, str) and value.startswith("torch."):

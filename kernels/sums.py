@@ -12,8 +12,8 @@ from torch import Tensor
 BLOCK = 1024
 
 
-@triton.jit
-def _finish(partial, bias, y, count, N, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["count", "SPLIT"])
+def _finish(partial, bias, y, count, N, SPLIT, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for s in range(SPLIT):

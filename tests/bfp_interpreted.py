@@ -21,6 +21,9 @@ def check(scheme: Bfp, shape: tuple[int, int], tokens: int, dtype: torch.dtype, 
     tensors = scheme.encode(weight)
     form = scheme._format(torch.float32)
     y = bfp_triton.linear(x, tensors["mantissa"], tensors["exponent"], form, added)
+    assert torch.equal(
+        bfp_triton.decode(tensors["mantissa"], tensors["exponent"], form, shape[1]), scheme.decode(tensors)
+    )
     decoded = scheme.decode(tensors).double()
     exact = x.double() @ decoded.T + (0 if added is None else added.double())
     size = x.double().abs() @ decoded.abs().T + (0 if added is None else added.double().abs())

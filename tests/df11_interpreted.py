@@ -12,7 +12,6 @@ from torch import Tensor
 
 from compress.df11 import Df11
 from compress.kernels import df11, df11_triton
-from compress.kernels import prepared as prepared_kernels
 
 pytestmark = pytest.mark.filterwarnings(*interpreted.WARNINGS)
 
@@ -428,9 +427,8 @@ def test_x_and_bias_of_another_device_or_dtype_are_refused(tokens: int) -> None:
 def test_the_scheme_decodes_and_multiplies_on_what_it_prepares(
     coding: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepared_kernels, "runs_triton", lambda device: True)
-    monkeypatch.setattr(df11_triton, "SEGMENT", 32)
-    monkeypatch.setattr(df11_triton, "GROUP", 4)
+    prepare = df11_triton.prepare_fixed if coding == "fixed" and dtype != torch.float16 else df11_triton.prepare_huffman
+    monkeypatch.setattr(df11, "on_gpu", lambda tensors: df11.OnGpu(prepare(tensors, "cpu")))
     scheme = Df11(coding)  # type: ignore[arg-type]
     weight = (torch.randn(10, 128) * 0.02).to(dtype)
     tensors = scheme.encode(weight)
