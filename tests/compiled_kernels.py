@@ -41,16 +41,26 @@ _WORDS = {"sign_mantissa": "*u32", "codes": "*u32", "constants": "*u32"}
 _BYTES = {"sign_mantissa": "*u8", "codes": "*u8", "constants": "*u32"}
 _ESCAPES = {"row_start": "*i32", "escapes": "*u32"}
 _SIZES = {"N": "i32*", "K": "i32*"}
+_SPLIT = {"SPLIT": "i32"}
 _ANY = {"N": "i32", "K": "i32"}
 _TOKEN = {"x": "*u64", "x_values": "*bf16", **_SIZES}
-_TOKENS = {"x": "*bf16", "partial": "*fp32", "M": "i32", **_SIZES}
-_FINISH = {"partial": "*fp32", "xt": "*bf16", **_ESCAPES, "constants": "*u32", "y": "*bf16", "M": "i32", "N": "i32*"}
+_TOKENS = {"x": "*bf16", "partial": "*fp32", "M": "i32", **_SIZES, **_SPLIT}
+_FINISH = {
+    "partial": "*fp32",
+    "xt": "*bf16",
+    **_ESCAPES,
+    "constants": "*u32",
+    "y": "*bf16",
+    "M": "i32",
+    "N": "i32*",
+    **_SPLIT,
+}
 _STREAM = {"codes": "*u64", "lookup": "*u16", "groups": "*i64", "segments": "*u16", "words": "i32"}
 _GROUPED = {"SEGMENT": 128, "GROUP": 32}
 
 
 def _df11(function: str, types: dict[str, str], constants: dict[str, Any], warps: int = 4, stages: int = 3) -> Kernel:
-    which = (90,) if function == "matmul" else CAPABILITIES
+    which = CAPABILITIES if function in ("gemv", "decode_fixed", "decode_huffman") else (90,)
     return Kernel("df11_kernels", function, types, constants, warps, stages, which)
 
 
@@ -89,21 +99,21 @@ DF11 = {
     "matmul, 16 tokens": _df11(
         "matmul",
         {**_WORDS, **_TOKENS},
-        {"DOT": "bf16", "BLOCK_M": 16, "BLOCK_N": 64, "SPLIT": 4, "ALIGNED": True},
+        {"DOT": "bf16", "BLOCK_M": 16, "BLOCK_N": 64, "ALIGNED": True},
     ),
     "matmul, 128 tokens": _df11(
         "matmul",
         {**_WORDS, **_TOKENS},
-        {"DOT": "bf16", "BLOCK_M": 128, "BLOCK_N": 64, "SPLIT": 1, "ALIGNED": True},
+        {"DOT": "bf16", "BLOCK_M": 128, "BLOCK_N": 64, "ALIGNED": True},
         8,
         2,
     ),
     "matmul, any K": _df11(
         "matmul",
         {**_BYTES, **_TOKENS, **_ANY},
-        {"DOT": "bf16", "BLOCK_M": 16, "BLOCK_N": 64, "SPLIT": 4, "ALIGNED": False},
+        {"DOT": "bf16", "BLOCK_M": 16, "BLOCK_N": 64, "ALIGNED": False},
     ),
-    "finish": _df11("finish", _FINISH, {"bias": None, "BLOCK_M": 16, "BLOCK_N": 4, "ESCAPES": 16, "SPLIT": 4}),
+    "finish": _df11("finish", _FINISH, {"bias": None, "BLOCK_M": 16, "BLOCK_N": 4, "ESCAPES": 16}),
 }
 
 _TILES = {**_SIZES, "words": "i32", "planes": "i32", "blocks": "i32", "ROWS": "i32"}
@@ -113,14 +123,22 @@ _LOOKUP = {"indices": "*u32", "tables": "*bf16", "scales": "*bf16", "selector": 
 def _lookup(bits: int, block_m: int, planes: bool = False, columns: int = 1) -> Kernel:
     sizes = {"BLOCK_N": 8, "BLOCK_K": 128} if block_m == 1 else {"BLOCK_N": 64, "BLOCK_K": 64}
     sizes |= {"BLOCK_K": min(sizes["BLOCK_K"], columns)} if columns > 1 else {}
-    how = {"BITS": bits, "PLANES": planes, "COLUMNS": columns, "SCALED": columns > 1, "DOT": "bf16", "SPLIT": 2}
-    types = {**_LOOKUP, "x": "*bf16", "partial": "*fp32", "M": "i32", **_TILES}
+    how = {"BITS": bits, "PLANES": planes, "COLUMNS": columns, "SCALED": columns > 1, "SWAPPED": False, "DOT": "bf16"}
+    types = {**_LOOKUP, **_SPLIT, "x": "*bf16", "partial": "*fp32", "M": "i32", **_TILES}
     which = CAPABILITIES if block_m == 1 and bits == 4 else (90,)
     return Kernel("lookup_kernels", "product", types, {**how, "BLOCK_M": block_m, **sizes}, capabilities=which)
 
 
 def _lookup_decode(bits: int) -> Kernel:
-    how = {"BITS": bits, "PLANES": False, "COLUMNS": 1, "SCALED": False, "BLOCK_N": 16, "BLOCK_K": 128}
+    how = {
+        "BITS": bits,
+        "PLANES": False,
+        "COLUMNS": 1,
+        "SCALED": False,
+        "SWAPPED": False,
+        "BLOCK_N": 16,
+        "BLOCK_K": 128,
+    }
     return Kernel("lookup_kernels", "decode", {**_LOOKUP, "out": "*bf16", **_TILES}, how)
 
 
@@ -141,14 +159,18 @@ LOOKUP = {
 
 
 def _bfp(bits: int, size: int, tokens: int = 16, dtype: str = "bf16", number: str = "i32*") -> Kernel:
-    types = {"mantissas": "*u8", "exponents": "*u8", "x": f"*{dtype}", "partial": "*fp32"}
+    types = {"mantissas": "*u8", "exponents": "*u8", "x": f"*{dtype}", "partial": "*fp32", **_SPLIT}
     types |= dict.fromkeys(("M", "N", "K", "row_bytes", "blocks"), number)
-    how = {"BITS": bits, "BLOCK": size, "DOT": dtype, "BLOCK_M": tokens, "BLOCK_N": 64, "SPLIT": 4}
+    how = {"BITS": bits, "BLOCK": size, "DOT": dtype, "BLOCK_M": tokens, "BLOCK_N": 64}
     which = CAPABILITIES if bits == 4 and tokens == 16 else (90,)
     return Kernel("bfp_kernels", "matmul", types, how, *((4, 3) if tokens <= 16 else (8, 2)), which)
 
 
+_BFP_DECODE = {"mantissas": "*u8", "exponents": "*u8", "out": "*bf16", **_SIZES, "row_bytes": "i32", "blocks": "i32"}
 BFP = {
+    "bfp decode, 4 bits": Kernel(
+        "bfp_kernels", "decode", _BFP_DECODE, {"BITS": 4, "BLOCK": 32, "BLOCK_N": 8, "BLOCK_K": 512}
+    ),
     "bfp, 2 bits": _bfp(2, 32),
     "bfp, 4 bits": _bfp(4, 32),
     "bfp, 4 bits, any K": _bfp(4, 32, number="i32"),
@@ -161,10 +183,12 @@ BFP = {
 
 def _bitstack(dtype: str, tokens: int) -> Kernel:
     types = {"planes": "*i64", "u": "*bf16", "v": "*bf16", "levels": "*fp32", "x": f"*{dtype}", "partial": "*fp32"}
-    types |= {**_SIZES, **dict.fromkeys(("M", "COUNT", "RANK"), "i32")}
-    how = {"FLOOR": 1 / 16, "DOT": dtype, "BLOCK_M": tokens, "BLOCK_N": 32, "R": 16, "SPLIT": 4}
+    types |= {**_SIZES, **_SPLIT, **dict.fromkeys(("M", "COUNT", "RANK"), "i32")}
+    how = {"FLOOR": 1 / 16, "DOT": dtype, "BLOCK_M": tokens, "BLOCK_N": 32, "R": 16}
     how["BLOCK_K"] = 128 if dtype == "bf16" else 64
-    return Kernel("bitstack_kernels", "matmul", types, how, 4, 2, CAPABILITIES if tokens == 16 else (90,))
+    return Kernel(
+        "bitstack_kernels", "matmul", types, how, 4, 2, CAPABILITIES if dtype == "bf16" and tokens == 16 else (90,)
+    )
 
 
 BITSTACK = {
@@ -182,9 +206,9 @@ def _groups(
     """tile: tokens, rows and columns of a program. more: zeros, dtype, stage and warps."""
     dtype = more.get("dtype", "bf16")
     types = {**_SCALED, "scales": "*bf16" if scales == "float" else "*u8", "x": f"*{dtype}", "y": "*fp32"}
-    types |= {"M": "i32", "factor": "fp32"}
+    types |= {"M": "i32", "factor": "fp32", **_SPLIT}
     constants: dict[str, Any] = {"bias": None, "zeros": None, "FORM": form, "BITS": bits, "GROUP": group}
-    constants |= {"SCALES": scales, "WHERE": where, "DOT": dtype, "SPLIT": 4}
+    constants |= {"SCALES": scales, "WHERE": where, "DOT": dtype}
     constants |= dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), tile, strict=True))
     if more.get("zeros"):
         types["zeros"] = "*u8"
@@ -209,18 +233,18 @@ GROUPS = {
     "int4 with zeros, 1 token": _groups("int", 4, 128, "sums", (8, 128, 128), zeros=True),
     "int4 in groups of 32, 1 token": _groups("int", 4, 32, "codes", (8, 128, 64)),
     "int2, 1 token": _groups("int", 2, 128, "sums", (8, 128, 128)),
-    "int3, 1 token": _groups("int", 3, 128, "sums", (8, 128, 128), capabilities=CAPABILITIES),
+    "int3, 1 token": _groups("int", 3, 128, "sums", (8, 128, 128)),
     "int8, 1 token": _groups("int", 8, 128, "sums", (8, 128, 128), capabilities=CAPABILITIES),
     "fp8, 1 token": _groups("e4m3", 8, 4096, "rows", (8, 128, 128), capabilities=CAPABILITIES),
     "mxfp4, 1 token": _groups("e2m1", 4, 32, "codes", (8, 128, 64), "e8m0", capabilities=CAPABILITIES),
-    "mxfp8, 1 token": _groups("e4m3", 8, 32, "codes", (8, 128, 64), "e8m0", capabilities=CAPABILITIES),
+    "mxfp8, 1 token": _groups("e4m3", 8, 32, "codes", (8, 128, 64), "e8m0"),
     "nvfp4, 1 token": _groups("e2m1", 4, 16, "codes", (8, 128, 64), "e4m3", capabilities=CAPABILITIES),
     "nvfp4, 128 tokens": _groups("e2m1", 4, 16, "codes", (128, 64, 64), "e4m3"),
     "sums": Kernel(
         "sums",
         "_finish",
-        {"partial": "*fp32", "y": "*bf16", "count": "i32*", "N": "i32*"},
-        {"bias": None, "SPLIT": 4, "BLOCK": 1024},
+        {"partial": "*fp32", "y": "*bf16", "count": "i32*", "N": "i32*", **_SPLIT},
+        {"bias": None, "BLOCK": 1024},
     ),
 }
 

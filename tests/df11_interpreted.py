@@ -12,6 +12,7 @@ from torch import Tensor
 
 from compress.df11 import Df11
 from compress.kernels import df11, df11_triton
+from compress.kernels import prepared as prepared_kernels
 
 pytestmark = pytest.mark.filterwarnings(*interpreted.WARNINGS)
 
@@ -146,8 +147,18 @@ def test_fixed_by_hand() -> None:
     assert df11_triton.linear_fixed(torch.tensor([[2.0, 7.0, 8.0]]), weight).tolist() == [[2.0]]
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 16, 17, 64])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+PRODUCTS = [
+    ((1, 1), 65),
+    ((3, 5), 1),
+    ((33, 96), 3),
+    ((20, 256), 1),
+    ((70, 257), 17),
+    ((16, 512), 64),
+    ((7, 1024), 16),
+]
+
+
+@pytest.mark.parametrize(("shape", "tokens"), PRODUCTS, ids=str)
 def test_linear_is_the_product_in_float64(shape: tuple[int, int], tokens: int) -> None:
     torch.manual_seed(tokens)
     weight = with_odd_values(gaussian(*shape)) if tokens in (1, 17) else gaussian(*shape)
@@ -158,7 +169,7 @@ def test_linear_is_the_product_in_float64(shape: tuple[int, int], tokens: int) -
 
 
 @pytest.mark.parametrize(
-    ("programs", "shape"), [(1, (7, 512)), (2, (5, 2304)), (512, (3, 4352))], ids=["four rows", "two rows", "K split"]
+    ("programs", "shape"), [(1, (7, 512)), (2, (5, 2304)), (512, (1, 4352))], ids=["four rows", "two rows", "K split"]
 )
 def test_one_token_on_grids_of_any_kind(programs: int, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Four rows to a program, two, or one with K in two parts."""
@@ -172,7 +183,7 @@ def test_one_token_on_grids_of_any_kind(programs: int, shape: tuple[int, int], m
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(6, 2304), (9, 100)], ids=str)
+@pytest.mark.parametrize("shape", [(6, 512), (9, 100)], ids=str)
 def test_linear_takes_other_dtypes_a_bias_and_more_dimensions(shape: tuple[int, int], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     weight = gaussian(*shape)
@@ -272,7 +283,7 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
     return 256
 
 
-@pytest.mark.parametrize("name", CODES)
+@pytest.mark.parametrize("name", ["long codes", "of eight bits", "one"])
 def test_huffman_decodes_to_the_same_bits(name: str, short_chunks: int) -> None:
     torch.manual_seed(0)
     lengths = CODES[name]
@@ -365,7 +376,7 @@ def tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
     return 16
 
 
-@pytest.mark.parametrize("count", [32, 33, 46, 39], ids=str)
+@pytest.mark.parametrize("count", [33, 46], ids=str)
 def test_flipped_bits_are_refused_where_a_chunk_no_longer_ends_with_its_bytes(count: int, tiny_chunks: int) -> None:
     torch.manual_seed(count)
     lengths = CODES["long codes"]
@@ -375,7 +386,7 @@ def test_flipped_bits_are_refused_where_a_chunk_no_longer_ends_with_its_bytes(co
     assert not is_refused(tensors)
     bits = 8 * int(tensors["chunk_bytes"].int().sum())
     found = []
-    for bit in [*range(0, bits, bits // 8), *range(bits - 6, bits)]:
+    for bit in [*range(0, bits, bits // 5), *range(bits - 5, bits)]:
         damaged = flipped(tensors, bit)
         found.append(is_refused(damaged))
         assert found[-1] == (not chunks_fit(damaged, lengths, count, tiny_chunks)), bit
@@ -422,20 +433,21 @@ def test_x_and_bias_of_another_device_or_dtype_are_refused(tokens: int) -> None:
 
 @pytest.mark.parametrize(
     "coding, dtype",
-    [("huffman", torch.bfloat16), ("huffman", torch.float32), ("fixed", torch.bfloat16), ("fixed", torch.float16)],
+    [("huffman", torch.bfloat16), ("huffman", torch.float32), ("fixed", torch.bfloat16)],
 )
 def test_the_scheme_decodes_and_multiplies_on_what_it_prepares(
     coding: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare = df11_triton.prepare_fixed if coding == "fixed" and dtype != torch.float16 else df11_triton.prepare_huffman
-    monkeypatch.setattr(df11, "on_gpu", lambda tensors: df11.OnGpu(prepare(tensors, "cpu")))
+    monkeypatch.setattr(prepared_kernels, "runs_triton", lambda device: True)
+    monkeypatch.setattr(df11_triton, "SEGMENT", 32)
+    monkeypatch.setattr(df11_triton, "GROUP", 4)
     scheme = Df11(coding)  # type: ignore[arg-type]
-    weight = (torch.randn(10, 128) * 0.02).to(dtype)
+    weight = (torch.randn(8, 64) * 0.02).to(dtype)
     tensors = scheme.encode(weight)
     prepared = scheme.prepare(tensors)
     assert prepared is not tensors and torch.equal(scheme.decode(prepared), weight)
-    index = torch.tensor([[9, 0], [7, 7]])
+    index = torch.tensor([[5, 0], [7, 7]])
     assert torch.equal(scheme.rows(prepared, index), weight[index])
-    x, bias = torch.randn(3, 128).to(dtype), torch.randn(10).to(dtype)
+    x, bias = torch.randn(3, 64).to(dtype), torch.randn(8).to(dtype)
     wanted = x.double() @ weight.double().T + bias.double()
     assert (scheme.linear(x, prepared, bias).double() - wanted).norm() / wanted.norm() < 2**-7
