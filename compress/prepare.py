@@ -17,7 +17,7 @@ from compress.pipeline import TensorReport, read_weight
 from compress.planning import Packed, Plan, resolve, weight_shape
 from compress.recipe import Rules
 from compress.registry import make
-from compress.scheme import Spec
+from compress.scheme import Scheme, Spec
 from compress.source import Source
 from compress.structure import Structure, build, read_config
 
@@ -67,6 +67,11 @@ class Prepared:
                 "which alone has a place for these scales; leave it out, or choose int4, int8 or fp8"
             )
         return planned
+
+    @property
+    def schemes(self) -> list[Scheme]:
+        """Those of the plan, each once."""
+        return list(dict.fromkeys(packed.scheme for packed in self.plan.modules.values()))
 
     def notes(self) -> list[str]:
         """What a user should know of the plan."""

@@ -9,8 +9,6 @@ import resource
 import shutil
 import sys
 import time
-from base64 import b64encode
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,25 +19,22 @@ import torch
 import transformers
 from torch import Tensor
 
-from compress import __version__, kv_scales, sizes, stack
+from compress import __version__, sizes, stack
 from compress.calibrate import Calibrated, Calibration, calibrate, where
 from compress.eval import text as texts
-from compress.eval.card import CHART, Facts, card, layer_chart
 from compress.eval.evaluate import check, evaluate
 from compress.eval.gates import Gates
-from compress.eval.origin import front_matter
 from compress.eval.report import Report
 from compress.eval.running import Dtype
 from compress.formats import manifest
-from compress.formats.files import write_text
 from compress.hf import check_device
-from compress.interchange import loader_note
 from compress.job import Job, check_apart, partial_of
 from compress.layout import SHARD_BYTES
-from compress.pipeline import ADDED, Fitted, Written, changes_stored, write
-from compress.prepare import Prepared, summarize
+from compress.pipeline import Written, write
+from compress.prepare import Prepared
 from compress.progress import Progress
 from compress.samples import Samples, draw
+from compress.sealing import seal
 from compress.statistics import FISHER, HESSIAN, SAMPLE, Statistics, check_place, measure
 from compress.stream import KEY as STREAM
 from compress.stream import Reordered, Stream, choose
@@ -105,7 +100,7 @@ def run(prepared: Prepared, model: str, out: Path, options: Options, progress: P
             seconds = calibrated.seconds + written.seconds + (scored["seconds"] if scored else 0.0)
             scores = scored["scores"] | {"gates": options.gates.judge(scored["scores"])} if scored else None
             recipe["statistics"] = job.recall(STATISTICS)
-            _seal(job, prepared, recipe, options, written, calibrated.fitted, scores, (seconds, peak))
+            seal(job, prepared, recipe, written, calibrated.fitted, scores, (seconds, peak))
         job.finish()
     return read_report(out)
 
@@ -160,17 +155,13 @@ def _recipe(prepared: Prepared, model: str, options: Options, calibration: dict[
         "model": model,
         "command": options.command,
         "plan": prepared.plan.to_config(),
-        "schemes": [scheme.to_dict() for scheme in _schemes(prepared)],
+        "schemes": [scheme.to_dict() for scheme in prepared.schemes],
         "seed": options.seed,
         "calibration": calibration,
         "shard_bytes": sizes.parse(options.shard_size),
         "scoring": asdict(options.scoring) if options.scoring else None,
         "versions": versions(),
     }
-
-
-def _schemes(prepared: Prepared) -> list[Any]:
-    return list(dict.fromkeys(packed.scheme for packed in prepared.plan.modules.values()))
 
 
 def versions() -> dict[str, str]:
@@ -267,88 +258,6 @@ def _score(job: Job, prepared: Prepared, options: Options, progress: Progress | 
         known = {"how": how, "scores": scores, "seconds": time.monotonic() - started}
         job.note("evaluation", known)
     return known
-
-
-def _seal(
-    job: Job,
-    prepared: Prepared,
-    recipe: dict[str, Any],
-    options: Options,
-    written: Written,
-    fitted: Mapping[str, Fitted],
-    evaluation: dict[str, Any] | None,
-    cost: tuple[float, int],  # seconds in all, peak bytes while compressing
-) -> None:
-    """Writes report.json, README.md and compress.json, in an order in which each covers what came before."""
-    report = Report(
-        model=recipe["model"],
-        scheme=prepared.scheme.name,
-        options={key: value for key, value in prepared.scheme.to_dict().items() if key != "scheme"},
-        **summarize(written.reports),
-        seconds=cost[0],
-        peak_rss_bytes=cost[1],
-        tensors=written.reports,
-        notes=[*prepared.notes(), *_stream_note(job)],
-        evaluation=evaluation,
-    )
-    write_text(job.checkpoint / manifest.REPORT, manifest.seal(report.to_dict()))
-    plan = prepared.plan
-    loader = loader_note(_schemes(prepared), plan.dense, bool(plan.kv_cache)) if plan.interchange else None
-    origin = front_matter(recipe["model"], prepared.path, prepared.scheme.name)
-    facts = Facts(options.command, origin, recipe["versions"], recipe["calibration"], loader)
-    if chart := layer_chart(report):
-        write_text(job.checkpoint / CHART, chart)
-    write_text(job.checkpoint / "README.md", card(report, facts))
-    document = {
-        "format": 1,
-        "recipe": recipe,
-        "gates": evaluation["gates"] if evaluation else [],
-        "ledger": _ledger(prepared, written, fitted),
-        **({"stack": errors} if (errors := stack.known_errors(fitted)) else {}),
-        **({STREAM: stream} if "order" in (stream := job.recall(STREAM) or {}) else {}),
-        "tensors": written.records,
-        "files": manifest.describe_files(job.checkpoint, written.shards),
-    }
-    write_text(job.checkpoint / manifest.NAME, manifest.seal(document))
-
-
-def _stream_note(job: Job) -> list[str]:
-    known = job.recall(STREAM)
-    if known is None:
-        return []
-    return [
-        f"the residual stream stays in its order: {known['why']}" if "why" in known else "residual stream reordered"
-    ]
-
-
-def _ledger(prepared: Prepared, written: Written, fitted: Mapping[str, Fitted]) -> dict[str, dict[str, Any]]:
-    """Every tensor of the source by name: what became of it, and the SHA-256 of what was read.
-
-    `folded`: changed with the weights that read it (`change.py`). The changes of coded weights are in base64.
-    `added`: the source does not have it; calibration measured it.
-    """
-    modules: dict[str, list[str]] = {}
-    for module, packed in prepared.plan.modules.items():
-        modules.setdefault(packed.source, []).append(module)
-    ledger: dict[str, dict[str, Any]] = {}
-    for name in prepared.source.specs:
-        if name in prepared.tied:
-            ledger[name] = {"action": "tied", "to": prepared.tied[name]}
-            continue
-        stored = prepared.source.backing[name]
-        hashes = dict(zip(stored, written.source_sha256[name], strict=True))
-        ledger[name] = {"action": "folded" if name in fitted else "copied", "read": hashes}
-        if name in modules:
-            ledger[name] |= {"action": "coded", "modules": modules[name], **_changes(modules[name], fitted)}
-    for attention in prepared.plan.kv_cache:
-        ledger |= {f"{attention}.{local}": {"action": ADDED} for local in kv_scales.SPECS}
-    return ledger
-
-
-def _changes(modules: list[str], fitted: Mapping[str, Fitted]) -> dict[str, Any]:
-    stored = {module: changes_stored(*fitted[module].changes(module)) for module in modules if module in fitted}
-    texts = {m: {n: b64encode(v.numpy().tobytes()).decode() for n, v in named.items()} for m, named in stored.items()}
-    return {"changes": texts} if any(texts.values()) else {}
 
 
 def peak_rss_bytes() -> int:
