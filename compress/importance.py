@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.ganq import DAMPING
+from compress.ganq import DAMPING  # of the Hessian, whose diagonal second moments are
 from compress.stats import Stats
+
+FISHER_DAMPING = 1.0  # of their mean: those of single weights are few samples' (benchmarks/results/kmeans.md)
 
 
 def of(sensitivity: str, width: int, stats: Stats | None) -> Tensor:
@@ -16,11 +18,11 @@ def of(sensitivity: str, width: int, stats: Stats | None) -> Tensor:
     """
     if stats is None or sensitivity == "none":
         return torch.ones(1, width)
-    measured = stats.second_moment[None]
+    measured, damping = stats.second_moment[None], DAMPING
     if sensitivity == "fisher" and stats.fisher is not None and stats.fisher.any():
         measured = stats.fisher
+        damping = FISHER_DAMPING
     mean = measured.mean(dtype=torch.float64)
     if not mean > 0:
         return torch.ones(1, width)
-    # As GPTQ damps the Hessian, whose diagonal the second moments are.
-    return ((measured.double() / mean + DAMPING) / (1 + DAMPING)).float()
+    return ((measured.double() / mean + damping) / (1 + damping)).float()

@@ -227,6 +227,6 @@ def test_where_there_is_none_second_moments_take_its_place() -> None:
     assert torch.equal(importance.of("fisher", 2, stats), by_inputs)
     assert torch.equal(importance.of("fisher", 2, replace(stats, fisher=0 * squares)), by_inputs)
     weights = importance.of("fisher", 2, replace(stats, fisher=squares))
-    assert torch.allclose(weights, (squares / 2 + 0.1) / 1.1) and weights.min() > 0
+    assert torch.allclose(weights, (squares / 2 + 1) / 2) and weights.min() > 0
     assert torch.equal(importance.of("none", 2, stats), torch.ones(1, 2))
     assert torch.equal(importance.of("activation", 2, replace(stats, second_moment=0 * moments)), torch.ones(1, 2))
