@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoTokenizer, DynamicCache
 from transformers.cache_utils import Cache
 
 import compress
-from compress import kv
+from compress import kv_cache
 from compress.cache import EXACT_BITS, BfpCache, key_order
 from compress.calibrate import Calibration
 from compress.eval import fidelity
@@ -101,7 +101,7 @@ class Bench:
 
     def cached(self, model: Any, make: Callable[[], Cache]) -> tuple[float, str]:
         """Bytes for each token of a bf16 model, and the scores with such a cache."""
-        kv.use(model, "bfp")
+        kv_cache.use(model, "bfp")
         model.kv_cache = make
         cache = make()
         with torch.inference_mode():
