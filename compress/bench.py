@@ -20,12 +20,13 @@ from compress.hf import check_device
 from compress.kernels import measured
 from compress.progress import Progress
 from compress.registry import SCHEMES, make, options
-from compress.scheme import Scheme
+from compress.scheme import Scheme, Spec
 
 SHAPE = (4096, 4096)
 TOKENS = (1, 16, 256)
 CACHED_BYTES = 1 << 27  # of weights: more than the caches of a CPU or a GPU hold
 MOST_COPIES = 24
+MOST_BYTES = 1 << 30  # of the uncompressed weight
 ROUND_SECONDS = 0.03  # that one measurement takes at least, by repeating what is quick
 ROUNDS = 5
 MOST_SECONDS = 12.0  # for one number of tokens, after which no other round begins
@@ -84,14 +85,18 @@ def bench(
     """Times x @ W.T in bfloat16 for a W of `shape`, (out_features, in_features), with each scheme at its defaults.
 
     device: cuda where there is one, else cpu. schemes: by the name of their line; default one line for each scheme.
+    Left out are those that do not take a weight of this shape. Raises ValueError for one of more than a GiB.
     """
+    if 2 * shape[0] * shape[1] > MOST_BYTES:
+        raise ValueError(f"shape {shape[0]}x{shape[1]} takes more than a GiB uncompressed; give a smaller one")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     weight = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
     dense = copies({"weight": weight}, device)
     calls: dict[str, Iterator[Callable[..., Any]]] = {}
     calls[UNCOMPRESSED] = cycle([lambda x, w=held["weight"]: F.linear(x, w) for held in dense])
-    bits, chosen = {UNCOMPRESSED: 16.0}, schemes or defaults()
+    spec = Spec(torch.bfloat16, shape)
+    bits, chosen = {UNCOMPRESSED: 16.0}, {n: s for n, s in (schemes or defaults()).items() if s.takes(spec)}
     for done, (name, scheme) in enumerate(chosen.items()):
         if progress:
             progress("encoding", done, len(chosen), name)

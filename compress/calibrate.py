@@ -349,7 +349,7 @@ class _Block:
         said = f"error of the block's output {before:.4f}, refined {after:.4f}"
         for module, (weight, stats) in self._refined.items():
             line = self._lines[module]
-            line["note"] = "; ".join(filter(None, (line["note"], said + (", not kept" if after >= before else ""))))
+            line["note"] = "; ".join(filter(None, (line["note"], said + ("" if after < before else ", not kept"))))
             if after < before:
                 self._made[module] |= made[module]
                 line["output_error"] = output_error(weight, schemes[module].decode(made[module]), stats)

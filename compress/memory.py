@@ -16,9 +16,9 @@ TRAINED_BYTES = 13  # for a weight: its index, itself and its gradient decoded, 
 
 def calibration_bytes(plan: Plan, structure: Structure, specs: Mapping[str, Spec]) -> int:
     """At most what a block takes in float32, as it is and as it was, with a Hessian for each layer that wants one and
-    what is missing to it and with what is trained, or with gradients and their squares; and embeddings whose channels
-    are reordered, which are then no longer mapped. Activations are not counted, which lie in files but for one batch,
-    or while gradients are taken for one sample."""
+    what is missing to it and with what is trained, or with gradients and their squares; beside it the head, where
+    gradients come from it, and embeddings whose channels are reordered, which are then no longer mapped. Activations
+    are not counted, which lie in files but for one batch, or while gradients are taken for one sample."""
     if not plan.needs_calibration:
         return 0
     model, linears = structure.model, structure.linears
@@ -34,10 +34,8 @@ def calibration_bytes(plan: Plan, structure: Structure, specs: Mapping[str, Spec
             sizes[block] = sizes.get(block, 0) + max(fitted + trained, measured)
     schemes = [packed.scheme for packed in plan.modules.values()]
     head = model.get_output_embeddings()
-    if head is not None and any(scheme.needs_fisher for scheme in schemes):
-        sizes[""] = sizes.get("", 0) + 4 * head.weight.numel()
-    mapped = 0
+    beside = 4 * head.weight.numel() if head is not None and any(scheme.needs_fisher for scheme in schemes) else 0
     if any("order" in scheme.folds for scheme in schemes):
         size = max((spec.dtype.itemsize for spec in specs.values()), default=0)
-        mapped = 2 * size * sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
-    return max(sizes.values(), default=0) + mapped
+        beside += 2 * size * sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
+    return max(sizes.values(), default=0) + beside

@@ -98,15 +98,19 @@ def choose(source: Source, plan: Plan, structure: Structure, text: Tensor, folde
     reading = {
         m: linear for m, linear in structure.linears.items() if m in planned and _side(linear, source, width) == 1
     }
+    if not reading:
+        return "no layer that reads it is compressed"
     samples = text[: max(1, TOKENS // text.shape[1])]
     measured = _measured(source, axes, width, reading, samples, folder, device)
     if measured is None:
         return "tried in another order, this model computes something else"
     layers = {m: _Layer(source, planned[m], stats) for m, stats in measured.items() if stats is not None}
+    if not layers:
+        return "the calibration text reaches none of its layers"
     before = {module: layer.loss(torch.arange(width)) for module, layer in layers.items()}
     best, gains = None, dict.fromkeys(layers, 0.0)
     for order in _orders(list(layers.values()), width):
-        gained = {m: 1 - layers[m].loss(order) / loss if loss else 0.0 for m, loss in before.items()}
+        gained = {m: _gain(loss, layers[m].loss(order)) for m, loss in before.items()}
         if min(gained.values()) >= 0 and sum(gained.values()) > sum(gains.values()):
             best, gains = order, gained
     return (
@@ -114,6 +118,11 @@ def choose(source: Source, plan: Plan, structure: Structure, text: Tensor, folde
         if best is None
         else Stream(axes, best.tolist(), gains)
     )
+
+
+def _gain(before: float, after: float) -> float:
+    """The part of an error that is saved; negative where it grows."""
+    return 1 - after / before if before else -after
 
 
 def find(structure: Structure, source: Source, width: int) -> dict[str, int]:
@@ -131,7 +140,7 @@ def find(structure: Structure, source: Source, width: int) -> dict[str, int]:
                 axes[name] = (linear.index is not None) + (side ^ linear.transposed)
             elif name != linear.source and side == 0:
                 axes[name] = 0
-        elif path.rpartition(".")[2] not in HEAD_NORMS:
+        elif spec.shape[-1] == width and path.rpartition(".")[2] not in HEAD_NORMS:
             axes[name] = len(spec.shape) - 1
     return axes
 

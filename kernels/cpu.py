@@ -74,6 +74,8 @@ def multiply(x: Tensor, tensors: Any, bias: Tensor | None, decode: Callable[[], 
         return None
     if torch.is_grad_enabled() and x.requires_grad:  # compiled products have no backward pass
         return None
+    if torch.is_autocast_enabled("cpu"):
+        return None
     y: Tensor | None = product.linear(x, bias, decode)
     return y
 

@@ -123,9 +123,14 @@ def decode_torch(weight: Groups) -> Tensor:
     return (values * spread).to(weight.dtype)
 
 
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # that the kernels multiply
+
+
 def linear(x: Tensor, weight: Groups, bias: Tensor | None = None) -> Tensor:
     """x @ W.T + bias: fused on a GPU for as many tokens as that is faster for, else of the decoded weight."""
-    if prepared.runs_triton(x.device) and weight.fits:
+    # Scales that are powers of two can lie outside of float16's range.
+    fits = weight.fits and x.dtype in _DTYPES and not (x.dtype == torch.float16 and weight.scale_form == "e8m0")
+    if prepared.runs_triton(x.device) and fits:
         from compress.kernels import groups_triton
 
         if x.numel() <= groups_triton.FUSED_TOKENS * x.shape[-1]:

@@ -7,8 +7,7 @@ a number so large that its steps are 1, and that number is taken away; of a floa
 mantissa lie, and a power of two makes good the other bias, also where the code is subnormal. Nothing is rounded so.
 
 A scale is of ROWS rows and GROUP columns. Where WHERE is "sums", tiles lie within a group and their sums are multiplied
-by it; "codes", it multiplies the codes; "rows", a row has only one. All scales but the sums' are first multiplied by
-`unit`, a power of two that keeps them within a narrow DOT.
+by it; "codes", it multiplies the codes, rounded to DOT; "rows", a row has only one.
 """
 
 # mypy: ignore-errors

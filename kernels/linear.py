@@ -76,9 +76,14 @@ class CompressedModule(nn.Module):
         if self._prepared is None or any(a is not b for a, b in zip(tensors.values(), self._prepared[0], strict=True)):
             if torch.compiler.is_compiling():
                 raise ValueError("a compressed layer is not prepared; run it once, then give it to torch.compile")
-            found = self.scheme.prepare(tensors)
-            self._prepared = (list(tensors.values()), found, self._traceable(found))
+            self._prepare(tensors)
+            assert self._prepared is not None
         return self._prepared[2 if torch.compiler.is_compiling() else 1]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # also where torch.compile gave a frame back
+    def _prepare(self, tensors: dict[str, Tensor]) -> None:
+        found = self.scheme.prepare(tensors)
+        self._prepared = (list(tensors.values()), found, self._traceable(found))
 
     def _traceable(self, found: Any) -> Prepared:
         """What torch.compile can look into, of what the scheme runs on."""

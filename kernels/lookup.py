@@ -134,7 +134,7 @@ def decode_packed(weight: Lookup) -> Tensor:
 
 def linear(x: Tensor, weight: Lookup, bias: Tensor | None = None) -> Tensor:
     """x @ W.T + bias: fused on a GPU for a few tokens, else of the decoded weight."""
-    if prepared.runs_triton(x.device):
+    if prepared.runs_triton(x.device) and x.dtype in (torch.bfloat16, torch.float16, torch.float32):
         from compress.kernels import lookup_triton
 
         if x.numel() <= lookup_triton.FUSED_TOKENS * x.shape[-1]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+import threading
 import time
 from collections.abc import Callable
 from functools import cache
@@ -25,6 +26,7 @@ SIZES = (16, 64, 256, 1024)  # tokens that torch's product is timed with
 SHAPE = (512, 1024)  # of the weight that it is timed with
 MANY = 1 << 30
 ROUNDS = 3
+_LOCK = threading.RLock()  # measuring one thing may ask for another
 
 
 def most_tokens(
@@ -42,7 +44,7 @@ def most_tokens(
             return MANY
         return max((size for size in SIZES if size < slower[0]), default=SIZES[0] - 1)
 
-    return int(_remembered(layout, measure))
+    return int(_remembered(f"{layout}, 2**{(shape[0] * shape[1]).bit_length()} weights", measure))
 
 
 def is_wider_faster(dtype: torch.dtype, tokens: int) -> bool:
@@ -76,28 +78,40 @@ def _seconds(function: Callable[..., Any], *arguments: Any) -> float:
 
 def _remembered(name: str, measure: Callable[[], Any]) -> Any:
     """What was measured under that name on this machine, perhaps long ago."""
-    known = _known(_machine())
-    if name not in known:
-        known[name] = measure()
-        _keep(_machine(), known)
-    return known[name]
+    with _LOCK:
+        known = _known(_machine())
+        if name not in known:
+            known[name] = measure()
+            _keep(_machine(), known)
+        return known[name]
 
 
 @cache
 def _known(machine: str) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        found = json.loads((cache_folder() / "speed.json").read_text()).get(machine, {})
-        return dict(found)
-    return {}
+    return {name: value for name, value in _stored().get(machine, {}).items() if _is_measured(value)}
 
 
 def _keep(machine: str, known: dict[str, Any]) -> None:
-    path, everything = cache_folder() / "speed.json", {}
-    with contextlib.suppress(OSError, ValueError):
-        everything = json.loads(path.read_text())
+    """Adds what is known to what this and other processes have stored."""
+    everything, path = _stored(), cache_folder() / "speed.json"
+    everything[machine] = {**everything.get(machine, {}), **known}
     with contextlib.suppress(OSError):  # then it is measured again next time
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({**everything, machine: known}, indent=1) + "\n")
+        write_text(path, json.dumps(everything, indent=1) + "\n")
+
+
+def _stored() -> dict[str, dict[str, Any]]:
+    """What the file holds, by machine; nothing of what is damaged."""
+    found = None
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((cache_folder() / "speed.json").read_text())
+    entries = found.items() if isinstance(found, dict) else ()
+    return {machine: known for machine, known in entries if isinstance(known, dict)}
+
+
+def _is_measured(value: Any) -> bool:
+    numbers = value if isinstance(value, list) and len(value) == 2 else [value]
+    return all(isinstance(number, int | float) for number in numbers)
 
 
 def _machine() -> str:

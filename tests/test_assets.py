@@ -24,6 +24,8 @@ MODELS = {
 }
 CASES = [(model, scheme) for model, (_, bounds) in MODELS.items() for scheme in bounds]
 
+LETTERS = 20_000  # of a text that are scored
+
 
 def run(*args: object) -> str:
     """Standard output of `compress ARGS`, which must succeed."""
@@ -36,7 +38,9 @@ def run(*args: object) -> str:
 def test_a_trained_model_goes_all_the_way(model: str, scheme: str, tmp_path: Path) -> None:
     assets, out = Path(ASSETS or ""), tmp_path / "out"
     source, (text, bounds) = assets / "models" / model, MODELS[model]
-    scoring = ["--text", assets / "text" / text, "--limit", "4", "--tasks", "", "--json"]
+    some = tmp_path / "some.txt"
+    some.write_text((assets / "text" / text).read_text()[:LETTERS])
+    scoring = ["--text", some, "--tasks", "", "--json"]
     planned = json.loads(run("plan", source, "--scheme", scheme, "--json"))
     few = ("--samples", "8", "--seq-len", "64", "--set", "method=gptq") if scheme == "int4" else ()  # it is calibrated
     report = json.loads(run("quantize", source, "-o", out, "--scheme", scheme, *few, *scoring))

@@ -18,6 +18,7 @@ from compress.against import compare
 from compress.calibrate import Calibration
 from compress.prepare import Prepared
 from compress.recipe import Rules
+from compress.scheme import Spec
 from compress.source import Source
 from compress.stream import Reordered, Stream
 
@@ -98,6 +99,20 @@ def test_the_channels_are_found_in_every_tensor(name: str, tiny_model: Callable[
     how = (width, {}, ids, tmp_path, "cpu")
     assert stream._measured(made.source, axes, *how) is not None
     assert stream._measured(made.source, dict(list(axes.items())[1:]), *how) is None
+
+
+def test_without_a_layer_that_reads_the_stream_it_stays_in_order(uneven: Path, tmp_path: Path) -> None:
+    made = Prepared(uneven, "bfp", {}, Rules(include=("down_proj",)))
+    found = stream.choose(made.source, made.plan, made.structure, tokens(), tmp_path, "cpu")
+    assert found == "no layer that reads it is compressed"
+
+
+def test_a_convolution_along_the_stream_is_not_taken_for_a_norm(llama_dir: Path) -> None:
+    """Its weight is (channels, 1, width): what has the stream on another axis than the last is left alone."""
+    made = prepared(llama_dir)
+    width = made.structure.model.config.hidden_size
+    made.source.specs["model.layers.0.self_attn.o_norm.conv"] = Spec(torch.float32, (width, 1, 3))
+    assert "model.layers.0.self_attn.o_norm.conv" not in stream.find(made.structure, made.source, width)
 
 
 def test_a_model_that_is_not_understood_is_left_as_it_is(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
