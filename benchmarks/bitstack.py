@@ -27,12 +27,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import compress
 from compress.bitstack import Bitstack
 from compress.calibrate import Calibration
-from compress.eval import fidelity
+from compress.eval import chart, fidelity
 from compress.eval import text as texts
 from compress.lowrank import truncated_svd
 from compress.samples import draw
 
 SIZES = (1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0, 8.0)  # bits per weight
+DRAWN = (1.25, *SIZES[:3], 2.25, 2.5, 2.75, *SIZES[4:])  # in the chart
 PEERS: list[dict[str, Any]] = [
     {"bits": 2, "symmetric": False, "group_size": 64},
     {"bits": 3},
@@ -171,6 +172,20 @@ def quality(arguments: argparse.Namespace, folder: Path) -> str:
     return "".join([*lines, "\n", *(peers(bench, model, fixed) if arguments.peers else [])])
 
 
+def drawn(arguments: argparse.Namespace, folder: Path) -> str:
+    """A chart of size and KL: one checkpoint, resized."""
+    bench, out = Bench(arguments, folder), folder / "out"
+    report = compress.quantize(bench.path, out, "bitstack", scoring=None, calibration=bench.calibration)
+    model, points = compress.load(out), []
+    fixed = model.resize.__self__.bytes - sum(line["bytes"] for line in report.tensors if line["scheme"])
+    for size in DRAWN:
+        model.resize(int(fixed + size * bench.count / 8))
+        points.append(chart.Point(f"{size:g}", size, bench.kl(model)))
+        print(size, points[-1].loss, flush=True)
+    title = f"One bitstack checkpoint of {bench.path.name} at {len(points)} sizes"
+    return chart.pareto(title, points, "bits per weight", "mean KL divergence from the original, nats")
+
+
 def block_bytes(weight: Tensor) -> list[float]:
     """What each block of ours takes."""
     scheme = Bitstack()
@@ -228,12 +243,17 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--peers", action="store_true", help="also int4 at 2, 3, 4 and 8 bits")
     parser.add_argument("--svd", action="store_true", help="time the SVD")
+    parser.add_argument("--chart", type=Path, help="draw size and KL into this SVG, and measure nothing else")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     shown = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
     text = f"`python benchmarks/bitstack.py {shlex.join(shown)}`, torch {torch.__version__}:\n\n"
     if arguments.svd:
         text += svd()
+    if arguments.chart:
+        with tempfile.TemporaryDirectory() as folder:
+            arguments.chart.write_text(drawn(arguments, Path(folder)))
+        return
     if arguments.model:
         with tempfile.TemporaryDirectory() as folder:
             text += quality(arguments, Path(folder))
