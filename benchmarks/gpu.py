@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -498,6 +499,7 @@ def main() -> None:
     finally:
         save()
     print(f"{arguments.seconds - (until - time.monotonic()):.0f} s")
+    sys.exit(not all(row["passed"] for row in report["checks"].values()))
 
 
 if __name__ == "__main__":

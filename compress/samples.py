@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from compress.eval import text as texts
+from compress.kernels.cpu import decoded
 from compress.structure import read_config
 
 SELF = "self"  # text that the model itself writes
@@ -81,7 +82,7 @@ def _written(model: Path, tokenizer: Any, count: int, length: int, seed: int) ->
     torch.manual_seed(seed)
     how = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "pad_token_id": start}
     ids = torch.full((count, 1), start)
-    with torch.no_grad():
+    with torch.no_grad(), decoded():
         written = [
             writer.generate(part, min_new_tokens=length - 1, max_new_tokens=length - 1, **how) for part in ids.split(16)
         ]

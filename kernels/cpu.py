@@ -8,7 +8,9 @@ more than decoding takes. From how many on is measured when that is first asked 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,8 @@ from compress.kernels import cpu_codes, cpu_floats, cpu_words, measured
 
 FEW = 4  # tokens, for which reading a weight is what takes time: a decoded one is larger, and is written and read
 LEAST = 1 << 16  # weights: of fewer, calling a compiled product takes longer than it
+
+_DECODED = ContextVar("decoded", default=False)  # whether nothing is to be chosen by what was measured
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,17 @@ class Prepared(dict[str, Tensor]):
         self.product = product
 
 
+@contextmanager
+def decoded() -> Iterator[None]:
+    """Inside, every product is that of the decoded weight in the dtype of x: what comes of it decides what is stored,
+    and must not depend on what this machine has found to be faster."""
+    token = _DECODED.set(True)
+    try:
+        yield
+    finally:
+        _DECODED.reset(token)
+
+
 def multiply(x: Tensor, tensors: Any, bias: Tensor | None, decode: Callable[[], Tensor]) -> Tensor | None:
     """x @ W.T + bias where `tensors` have a `product` and that is faster than with decode(); None elsewhere."""
     product = getattr(tensors, "product", None)
@@ -74,7 +89,7 @@ def multiply(x: Tensor, tensors: Any, bias: Tensor | None, decode: Callable[[], 
         return None
     if torch.is_grad_enabled() and x.requires_grad:  # compiled products have no backward pass
         return None
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu") or _DECODED.get():
         return None
     y: Tensor | None = product.linear(x, bias, decode)
     return y
@@ -86,7 +101,7 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     narrow = x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cpu"
     if not narrow or weight.numel() < LEAST or (torch.is_grad_enabled() and x.requires_grad):
         return F.linear(x, weight.to(x.dtype), bias)
-    if not measured.is_wider_faster(x.dtype, tokens):
+    if _DECODED.get() or not measured.is_wider_faster(x.dtype, tokens):
         return F.linear(x, weight.to(x.dtype), bias)
     y, wide = x.new_empty(*x.shape[:-1], len(weight)), x.float()
     step = max(1, _AT_ONCE // weight.shape[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,24 +57,11 @@ class Groups:
         return scales.float() / self.divisor
 
 
-def on_gpu(
-    codes: Tensor,
-    scales: Tensor,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-    bits: int,
-    block: tuple[int, int],
-    form: str = "int",
-    zeros: Tensor | None = None,
-    divisor: Tensor | None = None,
-) -> Packed | None:
-    """Prepares a weight for the GPU that its tensors are on; None where kernels do not run.
-
-    codes: (N, bytes or words) of any dtype. scales: (n, blocks), uint8 for E8M0. block: rows and columns of one.
-    """
+def on_gpu(codes: Tensor, scales: Tensor, shape: tuple[int, int], *how: Any, **named: Any) -> Packed | None:
+    """Prepares a weight for the GPU that its tensors are on; None where kernels do not run. Takes what `pack` takes."""
     if not prepared.runs_triton(codes.device) or 0 in shape:
         return None
-    return pack(codes, scales, shape, dtype, bits, block, form, zeros, divisor)
+    return pack(codes, scales, shape, *how, **named)
 
 
 def pack(
@@ -87,7 +75,10 @@ def pack(
     zeros: Tensor | None = None,
     divisor: Tensor | None = None,
 ) -> Packed:
-    """`on_gpu`, on any device. The tensors are used as they are, unless rows must be padded to whole words."""
+    """A weight for the kernels. The tensors are used as they are, unless rows must be padded to whole words.
+
+    codes: (N, bytes or words) of any dtype. scales: (n, blocks), uint8 for E8M0. block: rows and columns of one.
+    """
     stream = codes.contiguous().view(torch.uint8)
     stream = F.pad(stream, (0, -stream.shape[1] % 4)) if stream.shape[1] % 4 else stream
     kind = {torch.uint8: "e8m0", torch.float8_e4m3fn: "e4m3"}.get(scales.dtype, "float")

@@ -117,13 +117,19 @@ class CompressedModule(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedModule:
         """Moves the packed tensors and never casts them: `model.to(dtype)` is no statement on how they are stored."""
         self._prepared, packed = None, dict(self._buffers)
-        self._buffers.clear()
-        super()._apply(fn, recurse)
+        moved: dict[str, Tensor | None] = {}
         for name, buffer in packed.items():
             assert buffer is not None
             device = fn(torch.empty(0, dtype=torch.uint8, device=buffer.device)).device
-            moved = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
-            self.register_buffer(name, moved, name not in self._non_persistent_buffers_set)
+            moved[name] = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
+        self._buffers.clear()
+        try:
+            super()._apply(fn, recurse)
+        except BaseException:
+            moved = packed  # where there is no room for it, the module stays what it was
+            raise
+        finally:
+            self._buffers.update(moved)
         return self
 
     def _load_from_state_dict(self, *arguments: Any) -> None:

@@ -248,3 +248,13 @@ def test_a_damaged_file_of_speeds_is_measured_anew(text: str, tmp_path: Path, mo
     measured._known.cache_clear()
     assert measured._remembered("layout", lambda: 8) == 7
     measured._known.cache_clear()
+
+
+def test_what_decides_what_is_stored_does_not_depend_on_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COMPRESS_CPU_PATH")
+    scheme, tensors = stored("int4", (512, 256), method="rtn")
+    prepared, x = scheme.prepare(tensors), gaussian(2, 256)
+    plain = F.linear(x, scheme.decode(tensors))
+    with cpu.decoded():
+        assert torch.equal(scheme.linear(x, prepared), plain)
+    assert not torch.equal(scheme.linear(x, prepared), plain)

@@ -179,3 +179,9 @@ def test_a_state_dict_cannot_be_loaded_as_compressed(tiny_compressed: Compressed
     config = hf.read_config(out)
     with pytest.raises(ValueError, match="from safetensors files, not from a state dict"):
         LlamaForCausalLM.from_pretrained(None, config=config, state_dict={})
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda:99", "nowhere"])
+def test_a_device_that_computes_nothing_here_is_refused(device: str) -> None:
+    with pytest.raises(ValueError, match=f"device {device} .*cpu always"):
+        hf.check_device(device)

@@ -63,3 +63,17 @@ def test_moving_it_prepares_it_anew(weight: Tensor) -> None:
     assert stand_in.running() is before
     stand_in.to("cpu")
     assert stand_in.running() is not before
+
+
+def test_a_move_that_fails_leaves_everything_where_it_was(weight: Tensor) -> None:
+    stand_in = packed(weight, "df11")
+
+    def refuse(tensor: Tensor) -> Tensor:
+        if tensor.numel():
+            raise RuntimeError("out of memory")
+        return tensor.to("meta")
+
+    stand_in.plain = nn.Parameter(torch.ones(3))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        stand_in._apply(refuse)
+    assert torch.equal(stand_in.dense(), weight) and stand_in.device.type == "cpu"
