@@ -270,8 +270,10 @@ class _Block:
         """Changes what a fold may, where that helps and nothing stands in the way."""
         readers = [self._modules[path] for path in fold.readers if path in self._modules]
         norm = self._blocks.stored(f"{fold.producers[0]}.weight") if self._blocks.is_norm(fold) else None
+        if not all(path in self._modules for path in fold.attending):
+            fold = replace(fold, attending=())
         producers = [self._modules[path] for path in fold.producers if path in self._modules]
-        biases = {f"{path}.bias": self._blocks.stored(f"{path}.bias") for path in fold.producers}
+        biases = {path: self._blocks.stored(f"{path}.bias") for path in (*fold.producers, *fold.attending)}
         if len(readers) < len(fold.readers) or (norm is None and len(producers) < len(fold.producers)):
             return
         if {norm, *biases.values()} & self._coded:  # another scheme stores it as it is in the source
@@ -287,11 +289,13 @@ class _Block:
             stored, scale = folded_norm(self._source.read(norm), change.scale, fold.offset)
             self._copy(f"{fold.producers[0]}.weight", stored)
             change = Change(scale)
-        folding.make(fold, change, gain, producers, readers)
-        for parameter, name in biases.items():
-            if name is not None:
+        made = fold.outputs(change)
+        outputs = {self._modules[path]: change for path, change in made.items() if path in self._modules}
+        folding.make(fold, change, gain, outputs, readers)
+        for path, name in biases.items():
+            if name is not None and path in made:
                 before = self._made[name][""] if name in self._made else self._source.read(name)
-                self._copy(parameter, change.made(before.float()).to(before.dtype))
+                self._copy(f"{path}.bias", made[path].made(before.float()).to(before.dtype))
 
     def _copy(self, parameter: str, tensor: Tensor) -> None:
         self._blocks.put(parameter, tensor)

@@ -68,15 +68,21 @@ class Change:
         return stats if self.rotation is None else stats.rotated(hadamard(int(self.rotation)))
 
     def repeated(self, repeats: int, size: int) -> Change:
-        """Of heads of `size` channels, each of which comes `repeats` times in a row."""
+        """Of heads of `size` channels, each of which comes `repeats` times in a row. An order leaves heads whole."""
         scale, order = self.scale, self.order
         if scale is not None:
             scale = scale.view(-1, size).repeat_interleave(repeats, 0).flatten()
         if order is not None:
-            inside = order.view(-1, size) - size * torch.arange(len(order) // size)[:, None]
-            inside = inside.repeat_interleave(repeats, 0)
-            order = (inside + size * torch.arange(len(inside))[:, None]).flatten()
+            heads, inside = (order // size).view(-1, 1, size), (order % size).view(-1, 1, size)
+            order = ((heads * repeats + torch.arange(repeats)[:, None]) * size + inside).flatten()
         return Change(scale, order, self.rotation)
+
+    def of_heads(self, size: int) -> Change:
+        """What it is to others with such heads of `size` channels, which only follow where whole heads change places."""
+        if self.order is None:
+            return Change()
+        order = (self.order.view(-1, size)[:, :1] // size * size + torch.arange(size)).flatten()
+        return Change() if torch.equal(order, torch.arange(len(order))) else Change(order=order)
 
     def _moved(self, x: Tensor) -> Tensor:
         x = x if self.order is None else x[..., self.order.to(x.device)]

@@ -34,14 +34,25 @@ TOLERANCE = 1e-3  # of what the producers' change does alone: float32's rounding
 class Fold:
     """producers, readers: paths of modules. kind: how their channels may change. heads: (heads that share a channel,
     channels of a head) of grouped-query attention, where each value head is read by several query heads; channels only
-    change places inside a head. offset: a norm multiplies with weight + offset."""
+    change places inside a head. attending: the keys and queries of these heads, which may then change places as well.
+    offset: a norm multiplies with weight + offset."""
 
     producers: tuple[str, ...]
     readers: tuple[str, ...]
     width: int  # channels that are changed
     kind: Kind = "scale"
     heads: tuple[int, int] | None = None
+    attending: tuple[str, ...] = ()
     offset: float = 0.0
+
+    def outputs(self, change: Change) -> dict[str, Change]:
+        """What a change of the (width,) channels is to the outputs of each module that makes something of them."""
+        made = dict.fromkeys(self.producers, change)
+        if self.heads and self.attending:
+            repeats, size = self.heads
+            heads = change.of_heads(size)
+            made |= zip(self.attending, (heads, heads.repeated(repeats, size)), strict=True) if heads.tensors else ()
+        return made
 
     def inputs(self, change: Change) -> Change:
         """What a change of the (width,) channels is to the readers' in_features."""
@@ -65,7 +76,11 @@ def find(
     found: list[Fold] = []
     norms = _norms(model, block, run) if "scale" in kinds else ()
     for fold in (*norms, *(fold for fold in _between(model, block, head_dim) if fold.kind in kinds)):
-        tried = (fold, replace(fold, offset=1.0)) if is_norm(model, fold) else (fold,)
+        tried = [fold]
+        if is_norm(model, fold):
+            tried.append(replace(fold, offset=1.0))
+        elif fold.attending:
+            tried.append(replace(fold, attending=()))
         fits = (candidate for candidate in tried if _difference(model, candidate, run, expected) < TOLERANCE)
         found += list(islice(fits, 1))
     return sorted(found, key=lambda fold: KINDS.index(fold.kind))
@@ -82,8 +97,10 @@ def _random(fold: Fold) -> Change:
         return Change(scale=torch.exp2(torch.rand(fold.width, generator=generator) * 2 - 1))
     if fold.kind == "rotation":
         return rotation(fold)
-    runs = range(0, fold.width, fold.run)
-    return Change(order=torch.cat([first + torch.randperm(fold.run, generator=generator) for first in runs]))
+    count = fold.width // fold.run
+    inside = torch.stack([torch.randperm(fold.run, generator=generator) for _ in range(count)])
+    heads = torch.randperm(count, generator=generator) if fold.attending else torch.arange(count)
+    return Change(order=(inside + fold.run * heads[:, None]).flatten())
 
 
 def rotation(fold: Fold) -> Change:
@@ -96,7 +113,7 @@ def _difference(model: nn.Module, fold: Fold, run: Callable[[], Tensor], expecte
     change = _random(fold)
     with _applied(model, fold, change):
         both = float((run() - expected).norm())
-    with _applied(model, replace(fold, readers=()), change):
+    with _applied(model, replace(fold, readers=(), attending=()), change):
         alone = float((run() - expected).norm())
     return both / alone if alone > 0 else math.inf
 
@@ -105,13 +122,13 @@ def _difference(model: nn.Module, fold: Fold, run: Callable[[], Tensor], expecte
 def _applied(model: nn.Module, fold: Fold, change: Change) -> Iterator[None]:
     """Parameters are replaced and not written to: theirs may be memory that is mapped from the checkpoint."""
     changed: list[tuple[nn.Module, str, Tensor]] = []
-    for producer in (_part(model, path) for path in fold.producers):
+    for producer, made in ((_part(model, path), made.made) for path, made in fold.outputs(change).items()):
         if producer.weight.dim() == 1:
-            changed.append((producer, "weight", change.made(producer.weight + fold.offset) - fold.offset))
+            changed.append((producer, "weight", made(producer.weight + fold.offset) - fold.offset))
         else:
-            changed.append((producer, "weight", change.made(producer.weight.T).T))
+            changed.append((producer, "weight", made(producer.weight.T).T))
         if producer._parameters.get("bias") is not None:
-            changed.append((producer, "bias", change.made(producer.bias)))
+            changed.append((producer, "bias", made(producer.bias)))
     for reader in (_part(model, path) for path in fold.readers):
         changed.append((reader, "weight", fold.inputs(change).read(reader.weight)))
     before = [(module, name, module._parameters[name]) for module, name, _ in changed]
@@ -175,8 +192,12 @@ def _between(model: nn.Module, block: str, head_dim: int | None) -> Iterator[Fol
         if values and head_dim:
             width, read = siblings[values[0]].out_features, reader.in_features
             if width % head_dim == 0 and read % width == 0:
+                fold = Fold((f"{parent}.{values[0]}",), (path,), width, heads=(read // width, head_dim))
+                attending = [values[0].replace("v", other) for other in "kq"]
+                whole = [siblings[n].out_features for n in attending if n in siblings] == [width, read]
                 for kind in KINDS:
-                    yield Fold((f"{parent}.{values[0]}",), (path,), width, kind, (read // width, head_dim))
+                    paths = tuple(f"{parent}.{n}" for n in attending) if kind == "order" and whole else ()
+                    yield replace(fold, kind=kind, attending=paths)
             continue
         makers = [f"{parent}.{n}" for n, m in siblings.items() if m.out_features == reader.in_features and n != leaf]
         for maker in makers:

@@ -23,6 +23,7 @@ from compress.source import Source
 from compress.stats import Stats
 
 ROWS = 512  # of a weight that are looked at
+LESS = 0.99  # of an error: what saves less is not worth a change, and may be chance
 DONE = {"scale": "input channels scaled", "order": "input channels reordered", "rotation": "input channels rotated"}
 
 
@@ -69,16 +70,16 @@ class Folding:
             before = least = self._losses(fold, Change(), producers, readers)
             for change in self._candidates(fold, readers):
                 losses = self._losses(fold, change, producers, readers)
-                if sum(losses) < sum(least) and all(a <= b for a, b in zip(losses, least, strict=True)):
+                if sum(losses) < LESS * sum(least) and all(a <= b for a, b in zip(losses, least, strict=True)):
                     best, least = change, losses
         except NotPositiveDefinite:
             return None
         return None if best is None else (best, 1 - sum(least) / sum(before))
 
-    def make(self, fold: Fold, change: Change, gain: float, producers: list[str], readers: list[str]) -> None:
-        """Changes the channels from now on."""
-        for module in producers:
-            self._outputs[module] = self._outputs.get(module, Change()).then(change)
+    def make(self, fold: Fold, change: Change, gain: float, outputs: Mapping[str, Change], readers: list[str]) -> None:
+        """Changes the channels from now on. outputs: by module, what it is to those that make them."""
+        for module, made in outputs.items():
+            self._outputs[module] = self._outputs.get(module, Change()).then(made)
         for module in readers:
             self._inputs[module] = self._inputs.get(module, Change()).then(fold.inputs(change))
             self._gains.setdefault(module, []).append(f"{DONE[fold.kind]}: squared error down by {gain:.1%}")
@@ -133,8 +134,11 @@ class Folding:
         squares = torch.stack([weight.square().sum(0) for weight in weights]).sum(0)
         largest = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
         for key in (largest, squares, stats.second_moment, squares * stats.second_moment):
-            inside = torch.argsort(fold.channels(key).view(-1, fold.run), dim=1, descending=True, stable=True)
-            yield Change(order=(inside + fold.run * torch.arange(len(inside))[:, None]).flatten())
+            largest_first, inside = fold.channels(key).view(-1, fold.run).sort(dim=1, descending=True, stable=True)
+            order = inside + fold.run * torch.arange(len(inside))[:, None]
+            yield Change(order=order.flatten())
+            if fold.attending:  # heads of which the first channels are the largest, together
+                yield Change(order=order[largest_first.sum(1).argsort(descending=True, stable=True)].flatten())
 
     def _weight(self, module: str) -> Tensor:
         """As it is now, (out_features, in_features) float32."""

@@ -86,8 +86,10 @@ _TINY: dict[str, tuple[str, dict[str, Any]]] = {
         "LlamaForCausalLM",
         {"intermediate_size": 172, "vocab_size": 131, "tie_word_embeddings": False, "head_dim": 10},
     ),
+    "llama-heads": ("LlamaForCausalLM", {"num_key_value_heads": 4, "attention_bias": True}),
     # more than one 128x128 block each way, the last of them cut
     "llama-wide": ("LlamaForCausalLM", {"hidden_size": 160, "intermediate_size": 272, "tie_word_embeddings": False}),
+    "olmo2": ("Olmo2ForCausalLM", {}),
     "qwen2": ("Qwen2ForCausalLM", {}),
     "qwen3": ("Qwen3ForCausalLM", {"head_dim": 16}),
     "gemma2": ("Gemma2ForCausalLM", {"head_dim": 16}),

@@ -1,6 +1,7 @@
 """Folding scales into other weights: found by watching, believed only when the block computes the same."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,13 @@ def test_columns_and_channels_by_hand() -> None:
     columns = fold.inputs(Change(order=torch.tensor([1, 0, 2, 3])))
     assert columns.order is not None and columns.order.tolist() == [1, 0, 3, 2, 4, 5, 6, 7]
     assert fold.channels(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 9.0, 8.0])).tolist() == [2, 3, 7, 7]
+    whole = replace(fold, attending=("k", "q"))
+    order = Change(order=torch.tensor([3, 2, 0, 1]))  # the second head comes first, its channels in reverse
+    columns = whole.inputs(order)
+    assert columns.order is not None and columns.order.tolist() == [5, 4, 7, 6, 0, 1, 2, 3]
+    outputs = {path: change.order.tolist() for path, change in whole.outputs(order).items() if change.order is not None}
+    assert outputs == {"v": [3, 2, 0, 1], "k": [2, 3, 0, 1], "q": [4, 5, 6, 7, 0, 1, 2, 3]}
+    assert whole.outputs(Change(order=torch.tensor([1, 0, 2, 3]))).keys() == {"v"}
     plain = Fold(("norm",), ("q",), width=3)
     assert torch.equal(plain.channels(torch.arange(3.0)), torch.arange(3.0))
 
@@ -102,6 +110,20 @@ ORDERED = {
     "phi3": {},  # its gate and up are one layer
     "mamba": {},
 }
+
+
+# whether whole heads can change places with their keys and queries
+HEADS = {"llama-tied-biased": True, "qwen3": True, "opt": True, "olmo2": False, "gpt-oss": False}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_change_places_where_nothing_else_tells_them_apart(
+    name: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """OLMo 2 has a norm over all heads, gpt-oss a number for each."""
+    blocks, block, _ = folds(tiny_model(name), tmp_path)
+    (fold,) = [fold for fold in blocks.folds(block, ["order"]) if fold.heads]
+    assert bool(fold.attending) is HEADS[name]
 
 
 @pytest.mark.parametrize("name", ORDERED)

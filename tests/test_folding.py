@@ -1,6 +1,9 @@
 """Changes of channels inside a model: made where they help, guarded, and undone by `verify`."""
 
 import json
+import re
+import shutil
+from base64 import b64decode
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,6 +116,41 @@ def test_biases_of_what_is_changed_move_along(
     assert errors[1] < 1.1 * errors[0]
 
 
+def test_whole_heads_change_places_where_blocks_are_longer_than_one(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every other head of 16 channels is loud, and blocks are of 32: keys, queries and biases follow their values."""
+    from compress.samples import Samples
+
+    tokens = torch.randint(3, 120, (8, 24), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("compress.run.draw", lambda *_: Samples(tokens, "tokens"))
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model("llama-heads"), model)
+    tensors = load_file(model / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("o_proj.weight"):
+            tensor.view(64, 2, 2, 16)[:, :, 0] *= 16
+        if name.endswith("v_proj.weight"):
+            tensor.view(2, 2, 16, 64)[:, 0] /= 16
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    compress.quantize(model, tmp_path / "false", "bfp", scoring=None, reorder=False, method="rtn")
+    report = compress.quantize(model, tmp_path / "true", "bfp", scoring=None, reorder=True, method="rtn")
+    lines = {line["name"]: line for line in report.tensors}
+    made, before, after = changes(tmp_path / "true"), tensors, load_file(tmp_path / "true" / "model.safetensors")
+    for layer in (f"model.layers.{i}.self_attn" for i in range(2)):
+        stored = made[f"{layer}.k_proj"]["out.order"]
+        assert stored == made[f"{layer}.q_proj"]["out.order"]
+        heads = torch.frombuffer(bytearray(b64decode(stored)), dtype=torch.int64)
+        assert {int(head) % 2 for head in heads.view(-1, 16)[:2, 0] // 16} in ({0}, {1})
+        for leaf in ("q_proj", "k_proj"):
+            assert torch.equal(after[f"{layer}.{leaf}.bias"], before[f"{layer}.{leaf}.bias"][heads])
+        (gain,) = re.findall(r"channels reordered: squared error down by ([\d.]+)%", lines[f"{layer}.o_proj"]["note"])
+        assert float(gain) > 30  # quiet heads no longer share blocks with loud ones
+    errors = logit_errors(model, tokens, tmp_path / "false", tmp_path / "true")
+    assert errors[1] < errors[0]
+    assert not [line for line in compare(tmp_path / "true", model) if line.problem]
+
+
 def test_where_a_gate_and_what_it_gates_could_both_be_scaled_one_is(
     tiny_config: Callable[[str], Any], llama_dir: Path, tmp_path: Path
 ) -> None:
@@ -136,6 +174,6 @@ def test_where_a_gate_and_what_it_gates_could_both_be_scaled_one_is(
     fold = Fold(("gate",), (name,), 128)
     chosen = folding.choose(fold, [], [name])
     assert chosen is not None
-    folding.make(fold, *chosen, [], [name])
+    folding.make(fold, *chosen, {}, [name])
     assert folding.choose(Fold(("up",), (name,), 128), [], [name]) is None
     assert isinstance(folding.inputs(name), Change)
