@@ -37,7 +37,7 @@ from compress.samples import Samples, draw
 from compress.sealing import seal
 from compress.statistics import FISHER, HESSIAN, SAMPLE, Statistics, check_place, measure
 from compress.stream import KEY as STREAM
-from compress.stream import Reordered, Stream, choose
+from compress.stream import Reordered, Stream, choose, sides
 
 STATISTICS = "statistics"  # what the journal and the recipe say of the file
 
@@ -196,7 +196,10 @@ def _write(
         if text:
             known = text.tokens if isinstance(text, Samples) else text
             stream = _stream(job, prepared, known, where(options.device))
-            source = source if stream is None else Reordered(source, stream.axes, stream.order)
+            if stream:
+                source = Reordered(source, stream.axes, stream.order)
+                if isinstance(known, Statistics):
+                    known = known.reordered(stream.order, sides(prepared.structure, prepared.source))
             calibrated = calibrate(job, source, plan, prepared.structure, known, options.device, progress)
             if stream:
                 noted = {m: replace(made, note=stream.note(m, made.note)) for m, made in calibrated.fitted.items()}
@@ -216,11 +219,9 @@ def _stream(job: Job, prepared: Prepared, text: Tensor | Statistics, device: str
         return None
     known = job.recall(STREAM)
     if known is None:
-        chosen: Stream | str = "that takes calibration text, and no saved statistics"
-        if isinstance(text, Tensor):
-            folder = job.scratch / STREAM
-            chosen = choose(prepared.source, prepared.plan, prepared.structure, text, folder, device)
-            shutil.rmtree(folder, ignore_errors=True)
+        folder = job.scratch / STREAM
+        chosen = choose(prepared.source, prepared.plan, prepared.structure, text, folder, device)
+        shutil.rmtree(folder, ignore_errors=True)
         known = {"why": chosen} if isinstance(chosen, str) else chosen.to_dict()
         job.note(STREAM, known)
     return Stream.from_dict(known) if "order" in known else None

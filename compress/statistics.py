@@ -8,12 +8,13 @@ the largest keys and values of each attention module.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from compress import fisher, kv_scales
+from compress import fisher, kv_scales, stream
 from compress.blocks import Beside, Blocks
 from compress.fold import KINDS, Fold, Kind, is_norm
 from compress.formats.files import sync_directory
@@ -56,6 +57,7 @@ class Statistics:
     """An opened file. Raises ValueError where `path` is none that `measure` wrote, or not all of one.
 
     calibration: source, samples, seq_len and the SHA-256 of the tokens. parts: what it holds beside means and maxima.
+    follows: whether the model computes the same with the residual stream in another order.
     """
 
     def __init__(self, path: Path) -> None:
@@ -74,6 +76,8 @@ class Statistics:
         self._model: dict[str, str] = dict(about["model"])
         self.calibration: dict[str, Any] = dict(about["calibration"])
         self.parts = frozenset(about["parts"])
+        self.follows = bool(about.get("stream"))
+        self._order, self._sides = torch.empty(0, dtype=torch.int64), dict[str, int]()
         self.blocks: dict[str, Noted] = dict(about["blocks"])
         for noted in self.blocks.values():
             self._modules |= noted["modules"]
@@ -98,7 +102,16 @@ class Statistics:
     def stats(self, module: str, parts: Collection[str], device: str = "cpu") -> Stats | None:
         """What was measured at the input of a linear layer; None where no token came. device: where a Hessian goes."""
         leader = self._modules.get(module)
-        return None if leader is None else self._read(leader, frozenset(parts) & self.parts, device)
+        if leader is None:
+            return None
+        found = self._read(leader, frozenset(parts) & self.parts, device)
+        return found.ordered(self._order) if self._sides.get(module) == 1 else found
+
+    def reordered(self, order: Sequence[int], sides: Mapping[str, int]) -> Statistics:
+        """Of the model with the channels of its residual stream in this order. sides: those of `stream.sides`."""
+        other = copy.copy(self)
+        other._order, other._sides = torch.tensor(order), dict(sides)
+        return other
 
     def folds(self, block: str, kinds: Collection[Kind] = KINDS) -> list[Fold]:
         known = (_tuples(fold) for fold in self.blocks[block]["folds"] if fold["kind"] in kinds)
@@ -114,7 +127,9 @@ class Statistics:
         """(out_features, in_features) float32, of a weight; None where the loss does not depend on it."""
         with safe_open(self.path, "pt") as file:
             name = f"{module}|{FISHER}"
-            return file.get_tensor(name) if name in file.keys() else None
+            squares = file.get_tensor(name) if name in file.keys() else None
+        side = self._sides.get(module)
+        return squares if squares is None or side is None else squares.index_select(side, self._order)
 
     def _read_stats(self, leader: str, parts: frozenset[str], device: str) -> Stats:
         with safe_open(self.path, "pt") as file:
@@ -281,6 +296,7 @@ def measure(
         "model": identity(source),
         "calibration": samples.to_dict(),
         "parts": sorted(parts),
+        "stream": stream.follows(source, structure, samples.tokens, job.scratch / "stream", device),
         "blocks": blocks,
     }
     _join(path, [tensors_of(job, STAGE, block) for block in blocks], squares.files, about)

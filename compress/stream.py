@@ -12,7 +12,7 @@ from base64 import b64decode, b64encode
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from compress.planning import Packed, Plan
 from compress.source import Source
 from compress.stats import Stats
 from compress.structure import Linear, Structure
+
+if TYPE_CHECKING:
+    from compress.statistics import Statistics
 
 # Layers that add to the stream, where shapes do not tell: as many features go into them as come out.
 WRITERS = ("o_proj", "out_proj", "o", "wo", "dense", "c_proj", "down_proj", "fc2", "w2", "dense_4h_to_h", "fc_out")
@@ -84,24 +87,27 @@ def restored(source: Source, document: Mapping[str, Any]) -> Source:
     return Reordered(source, stream.axes, torch.tensor(stream.order).argsort().tolist())
 
 
-def choose(source: Source, plan: Plan, structure: Structure, text: Tensor, folder: Path, device: str) -> Stream | str:
+def choose(
+    source: Source, plan: Plan, structure: Structure, text: Tensor | Statistics, folder: Path, device: str
+) -> Stream | str:
     """The order with the least squared error that makes no layer's larger; or why the channels stay where they are.
 
-    text: (n, length) int64 tokens, of which the first 2048 are run. folder: for activations. Errors are those of
-    weights that are encoded without compensation, weighted with the mean squares of their inputs.
+    text: (n, length) int64 tokens, of which the first 2048 are run, or what was measured on some. folder: for
+    activations. Errors are those of weights that are encoded without compensation, weighted with the mean squares of
+    their inputs.
     """
-    width = structure.model.config.get_text_config().hidden_size
+    width = _width(structure)
     axes = find(structure, source, width)
     planned = {module: packed for module, packed in plan.modules.items() if packed.source in axes}
     if not all("order" in packed.scheme.folds for packed in planned.values()):
         return "a scheme that does not reorder has a part in it"
-    reading = {
-        m: linear for m, linear in structure.linears.items() if m in planned and _side(linear, source, width) == 1
-    }
+    reading = {m: structure.linears[m] for m, side in sides(structure, source).items() if side == 1 and m in planned}
     if not reading:
         return "no layer that reads it is compressed"
-    samples = text[: max(1, TOKENS // text.shape[1])]
-    measured = _measured(source, axes, width, reading, samples, folder, device)
+    if isinstance(text, Tensor):
+        measured = _measured(source, axes, width, reading, _few(text), folder, device)
+    else:
+        measured = {module: text.stats(module, ()) for module in reading} if text.follows else None
     if measured is None:
         return "tried in another order, this model computes something else"
     layers = {m: _Layer(source, planned[m], stats) for m, stats in measured.items() if stats is not None}
@@ -118,6 +124,29 @@ def choose(source: Source, plan: Plan, structure: Structure, text: Tensor, folde
         if best is None
         else Stream(axes, best.tolist(), gains)
     )
+
+
+def follows(source: Source, structure: Structure, text: Tensor, folder: Path, device: str) -> bool:
+    """Whether the model computes the same with the channels of its stream in another order. Arguments as of `choose`."""
+    width = _width(structure)
+    axes = find(structure, source, width)
+    return bool(axes) and _measured(source, axes, width, {}, _few(text), folder, device) is not None
+
+
+def sides(structure: Structure, source: Source) -> dict[str, int]:
+    """Along which axis of its weight (out_features, in_features) a linear layer has the stream's channels."""
+    width = _width(structure)
+    found = {module: _side(linear, source, width) for module, linear in structure.linears.items()}
+    return {module: side for module, side in found.items() if side is not None}
+
+
+def _width(structure: Structure) -> int:
+    width: int = structure.model.config.get_text_config().hidden_size
+    return width
+
+
+def _few(text: Tensor) -> Tensor:
+    return text[: max(1, TOKENS // text.shape[1])]
 
 
 def _gain(before: float, after: float) -> float:

@@ -20,6 +20,7 @@ from compress.prepare import Prepared
 from compress.recipe import Rules
 from compress.scheme import Spec
 from compress.source import Source
+from compress.statistics import Statistics
 from compress.stream import Reordered, Stream
 
 TEXT = Calibration(samples=6, seq_len=32)
@@ -175,10 +176,37 @@ def test_nothing_is_added_to_a_forward_pass(uneven: Path, tmp_path: Path) -> Non
     assert counted[0] == counted[1] and sum(counted[0].values()) > 100
 
 
-def test_saved_statistics_leave_the_stream_as_it_is(uneven: Path, tmp_path: Path) -> None:
+def test_saved_statistics_serve_as_well_as_text(uneven: Path, tmp_path: Path) -> None:
     how: dict[str, Any] = {"stats": tmp_path / "stats.safetensors", "calibration": TEXT, "scoring": None}
-    report = compress.quantize(uneven, tmp_path / "out", "bfp", method="rtn", **how)
-    assert any("stays in its order: that takes calibration text" in note for note in report.notes)
+    reports = {}
+    for name in ("measured", "read"):
+        out = tmp_path / name
+        reports[name] = compress.quantize(uneven, out, "bfp", **how)
+        assert any("residual stream reordered" in note for note in reports[name].notes)
+        assert not [line for line in compare(out, uneven) if line.problem]
+    fresh = compress.quantize(uneven, tmp_path / "fresh", "bfp", calibration=TEXT, scoring=None)
+    errors = [
+        {line["name"]: line["output_error"] for line in r.tensors if line["scheme"]} for r in (fresh, reports["read"])
+    ]
+    first = "model.layers.0.self_attn.q_proj"  # whose inputs are the same, whatever is compressed before it
+    assert errors[1][first] == pytest.approx(errors[0][first], rel=0.02)
+
+
+def test_what_was_measured_is_put_in_order_by_hand(uneven: Path, tmp_path: Path) -> None:
+    out, file = tmp_path / "out", tmp_path / "stats.safetensors"
+    how: dict[str, Any] = {"sensitivity": "fisher", "method": "rtn", "scoring": None, "calibration": TEXT}
+    compress.quantize(uneven, out, "kmeans", stats=file, **how)
+    saved, order = Statistics(file), torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    moved = saved.reordered(order.tolist(), {"model.layers.0.mlp.up_proj": 1, "model.layers.0.mlp.down_proj": 0})
+    for module, side in (("mlp.up_proj", 1), ("mlp.down_proj", 0), ("self_attn.q_proj", None)):
+        name = f"model.layers.0.{module}"
+        before, after, squares = saved.stats(name, ()), moved.stats(name, ()), saved.fisher(name)
+        assert before is not None and after is not None and squares is not None
+        expected = before.second_moment[order] if side == 1 else before.second_moment
+        assert torch.equal(after.second_moment, expected)
+        found = moved.fisher(name)
+        expected = squares if side is None else squares.index_select(side, order)
+        assert found is not None and torch.equal(found, expected)
 
 
 def test_an_order_is_read_back_as_it_was_written() -> None:
