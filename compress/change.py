@@ -78,7 +78,7 @@ class Change:
         return Change(scale, order, self.rotation)
 
     def of_heads(self, size: int) -> Change:
-        """What it is to others with such heads of `size` channels, which only follow where whole heads change places."""
+        """What it is to others with such heads of `size` channels, which follow where whole heads change places."""
         if self.order is None:
             return Change()
         order = (self.order.view(-1, size)[:, :1] // size * size + torch.arange(size)).flatten()

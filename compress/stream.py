@@ -127,7 +127,7 @@ def choose(
 
 
 def follows(source: Source, structure: Structure, text: Tensor, folder: Path, device: str) -> bool:
-    """Whether the model computes the same with the channels of its stream in another order. Arguments as of `choose`."""
+    """Whether the model computes the same with its stream in another order. Arguments as of `choose`."""
     width = _width(structure)
     axes = find(structure, source, width)
     return bool(axes) and _measured(source, axes, width, {}, _few(text), folder, device) is not None
