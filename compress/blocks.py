@@ -8,7 +8,7 @@ and there the pass ends. So nothing has to be known of an architecture but where
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,19 +40,24 @@ class _Stop(Exception):
 class Blocks:
     """The blocks of a model in the order in which they run; each is measured, changed and left behind.
 
-    samples: (n, length) int64 tokens. linears: the layers that are asked for, by module name. folder: where the
-    activations between the blocks lie; they outlive the process, so that another can `leave` what was closed. Weights
-    and activations are float32. Raises ValueError for a model whose blocks share weights.
+    samples: (n, length) int64 tokens, or batches of them, which may differ in length. linears: the layers that are
+    asked for, by module name. folder: where the activations between the blocks lie; they outlive the process, so that
+    another can `leave` what was closed. Weights and activations are float32. Raises ValueError for a model whose blocks
+    share weights.
     """
 
     def __init__(
-        self, source: Source, linears: Mapping[str, Linear], samples: Tensor, folder: Path, device: str = "cpu"
+        self,
+        source: Source,
+        linears: Mapping[str, Linear],
+        samples: Tensor | Sequence[Tensor],
+        folder: Path,
+        device: str = "cpu",
     ) -> None:
         self._folder, self.device = folder, torch.device(device)
         self._hollow = Hollow(source, self.device)
         self.model, self._head, self._blocks = self._hollow.model, self._hollow.head, self._hollow.blocks
-        first, each = (max(1, tokens // samples.shape[1]) for tokens in (TRIED_TOKENS, BATCH_TOKENS))
-        self._batches = [samples[:first], *samples[first:].split(each)[: len(samples[first:])]]
+        self._batches = _batches(samples) if isinstance(samples, Tensor) else list(samples)
         self._linears: dict[str, dict[str, Linear]] = {block: {} for block in (*self._blocks, OUTSIDE)}
         for module, linear in linears.items():
             self._linears[self._hollow.block_of(linear.path)][module] = linear
@@ -400,6 +405,11 @@ class Beside:
         """What should be in the place of a module's output."""
         change = self.outputs(module)
         return output if change is None else change.made(output)
+
+
+def _batches(samples: Tensor) -> list[Tensor]:
+    first, each = (max(1, tokens // samples.shape[1]) for tokens in (TRIED_TOKENS, BATCH_TOKENS))
+    return [samples[:first], *samples[first:].split(each)[: len(samples[first:])]]
 
 
 def _stopping(name: str | None) -> Callable[..., Any]:

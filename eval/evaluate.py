@@ -75,7 +75,14 @@ class _Job:
         if not self.asked.tasks:
             return {}
         return harness.run(
-            model, self.config, self.tokenizer, self.asked, self.text, remembered=remembered, progress=self.progress
+            model,
+            self.config,
+            self.tokenizer,
+            self.asked,
+            self.text,
+            device=self.device,
+            remembered=remembered,
+            progress=self.progress,
         )
 
 
@@ -138,7 +145,7 @@ def evaluate(
             predicted, before = _score_original(Path(reference), job, how, kept, notes)
             gc.collect()
         if how.streamed and reference is None:
-            scores, after = _score_streamed(Path(model), job, how, notes), Results()
+            scores, after = _score_streamed(Path(model), job, how, notes)
         else:
             scores, after, found = _score(Path(model), job, how, predicted, loading, speed)
         gc.collect()
@@ -209,10 +216,9 @@ def _score_original(reference: Path, job: _Job, how: Running, kept: Cache, notes
             else:
                 run = fidelity.passes(model(), job.windows, job.asked.batch_size)
             predictions.write(run, job.windows, unfinished, job.progress)
-    if how.streamed and job.asked.tasks:
-        notes.append("the original is too large for the memory: it was run block by block, and not on tasks")
-        return path, {}
-    return path, job.run_tasks(model, (kept, key))
+    if not how.streamed:
+        return path, job.run_tasks(model, (kept, key))
+    return path, _streamed_tasks(reference, "original", job, notes, (kept, key))
 
 
 def _score(
@@ -228,12 +234,21 @@ def _score(
     return scores, tasks, found
 
 
-def _score_streamed(path: Path, job: _Job, how: Running, notes: list[str]) -> Fidelity:
-    if job.asked.tasks:
-        notes.append("the model is too large for the memory: it was run block by block, and not on tasks")
+def _score_streamed(path: Path, job: _Job, how: Running, notes: list[str]) -> tuple[Fidelity, Results]:
     with tempfile.TemporaryDirectory(prefix="compress-activations-") as folder:
         run = running.streamed(path, job.windows, Path(folder), how.device, job.progress)
-        return fidelity.compare_passes(run, job.windows, None, job.text_bytes, job.progress)
+        scores = fidelity.compare_passes(run, job.windows, None, job.text_bytes, job.progress)
+    return scores, _streamed_tasks(path, "model", job, notes)
+
+
+def _streamed_tasks(
+    path: Path, what: str, job: _Job, notes: list[str], remembered: tuple[Cache, dict[str, Any]] | None = None
+) -> Results:
+    results = job.run_tasks(lambda: path, remembered)
+    left_out = ", ".join(task for task in job.asked.tasks if task not in results)
+    rest = f", and not on tasks that generate text: {left_out}" if left_out else ""
+    notes.append(f"the {what} is too large for the memory: it was run block by block{rest}")
+    return results
 
 
 def _generation_speed(model: Any, job: _Job) -> float:

@@ -15,6 +15,7 @@ import torch
 
 from compress.eval import compact, predictions
 from compress.eval.predictions import Pass, Predictions, Progress
+from compress.kernels.cpu import decoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,7 +110,7 @@ def passes(model: "PreTrainedModel", windows: torch.Tensor, batch_size: int | No
         raise ValueError(f"batch_size: {batch_size}; pass 1 or more")
     for start in range(0, len(windows), batch_size):
         batch = windows[start : start + batch_size].to(model.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), decoded():  # the same scores on all machines, whatever is faster on them
             begin = _now(batch.device)
             # A model that keeps keys and values packed attends to what they stand for, also within one pass.
             logits = model(input_ids=batch, use_cache=hasattr(model, "kv_cache")).logits

@@ -5,6 +5,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,12 +60,13 @@ class Asked:
 
 
 def run(
-    model: Callable[[], "PreTrainedModel"],
+    model: Callable[[], "PreTrainedModel | Path"],
     config: "PretrainedConfig",
     tokenizer: "PreTrainedTokenizerBase",
     asked: Asked,
     text: Text,
     *,
+    device: str = "cpu",
     remembered: tuple["Cache", dict[str, Any]] | None = None,
     progress: Progress | None = None,
 ) -> Results:
@@ -76,22 +78,30 @@ def run(
     beginning, as always in lm-eval; builtin_cloze is cut to fit. batch_size: by default as many sequences as fit a
     number of tokens and of bytes of logits. num_fewshot: as in lm-eval, it does not change a task that says 0.
 
-    model: called when a response is needed that is not remembered. remembered: a cache of responses, and what tells
+    model: called when a response is needed that is not remembered. A path is run block by block on `device`; tasks that
+    generate text are then left out. remembered: a cache of responses, and what tells
     this model and how it runs from others.
     """
     results: Results = {}
     with tempfile.TemporaryDirectory(prefix="compress-tasks-") as folder, quiet(progress):
-        from compress.eval.responses import Batched, Remembering
+        from compress.eval.responses import Batched, Remembering, Streamed, WholeModelNeeded
+
+        def made() -> Any:
+            found = model()
+            if isinstance(found, Path):
+                return Streamed(found, tokenizer, asked.batch_size, device, progress)
+            return Batched(found, tokenizer, asked.batch_size)
 
         if CLOZE in asked.tasks:
             _write_cloze(Path(folder), text, config, tokenizer)
         manager = _manager(asked.tasks, folder, asked.include_path)
         cache, key = remembered or (None, {})
-        lm = Remembering(lambda: Batched(model(), tokenizer, asked.batch_size), cache, key)
+        lm = Remembering(made, cache, key)
         for done, task in enumerate(asked.tasks):
             if progress:
                 progress("tasks", done, len(asked.tasks))
-            results |= _run_one(lm, task, manager, asked)
+            with suppress(WholeModelNeeded):
+                results |= _run_one(lm, task, manager, asked)
         if progress:
             progress("tasks", len(asked.tasks), len(asked.tasks))
     return results

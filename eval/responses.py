@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import itertools
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lm_eval.api.model import LM  # type: ignore[import-untyped]
 from lm_eval.models.huggingface import HFLM  # type: ignore[import-untyped]
 
+from compress.eval import running
 from compress.eval.cache import Cache, digest
+from compress.eval.predictions import Progress
 from compress.eval.quiet import replaced
 from compress.eval.text import LONGEST_WINDOW, context_length
+from compress.kernels.cpu import decoded
+from compress.structure import build, read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _SEQUENCES = 64
+_STREAMED = 1 << 19  # tokens, whose activations lie on disk at once
 # of one forward pass: (tokens, bytes of float32 logits)
 _PASS = {"cpu": (2048, 256 * 2**20), "cuda": (16384, 2 * 2**30)}
 
@@ -39,6 +48,10 @@ class Batched(HFLM):  # type: ignore[misc]
                 softmax_dtype="float32",
             )
 
+    def _model_call(self, *arguments: Any, **named: Any) -> Any:
+        with decoded():  # log-likelihoods that do not depend on what is faster on this machine
+            return super()._model_call(*arguments, **named)
+
     def _fitting(self, length: int) -> int:
         return max(1, min(_SEQUENCES, self._tokens // max(1, length)))
 
@@ -52,6 +65,60 @@ class Batched(HFLM):  # type: ignore[misc]
     def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
         length: int = self.max_length or LONGEST_WINDOW
         return self._fitting(length)
+
+
+class WholeModelNeeded(Exception):
+    """Text is generated token by token, for each of which all blocks would be read."""
+
+
+class Streamed(Batched):
+    """Batched, of a model whose blocks are in memory one at a time: what it is asked is noted first, and then run."""
+
+    def __init__(
+        self,
+        path: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int | None,
+        device: str,
+        progress: Progress | None,
+    ) -> None:
+        super().__init__(build(read_config(path)), tokenizer, batch_size)  # without weights
+        self._device = torch.device(device)
+        self._path, self._progress = path, progress
+        self._inputs: list[torch.Tensor] = []
+        self._logits: Iterator[torch.Tensor] | None = None
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+        return self._twice(super().loglikelihood, requests)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+        return self._twice(super().loglikelihood_rolling, requests)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+        raise WholeModelNeeded
+
+    def _twice(self, ask: Callable[[list[Any]], Any], requests: list[Any]) -> Any:
+        self._inputs = []
+        ask(requests)
+        self._logits = self._run()
+        try:
+            return ask(requests)
+        finally:
+            self._logits = None
+
+    def _model_call(self, inps: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        if self._logits is not None:
+            return next(self._logits)
+        self._inputs.append(inps)
+        return torch.zeros(1, device=inps.device).expand(*inps.shape, self.model.config.get_text_config().vocab_size)
+
+    def _run(self) -> Iterator[torch.Tensor]:
+        """The logits of what was asked, a pass through the model for as many tokens as the disk shall hold."""
+        ends = itertools.accumulate(inps.numel() for inps in self._inputs)
+        for _, group in itertools.groupby(zip(ends, self._inputs, strict=True), lambda item: item[0] // _STREAMED):
+            with tempfile.TemporaryDirectory(prefix="compress-activations-") as folder:
+                inputs = [inps for _, inps in group]
+                yield from running.outputs(self._path, inputs, Path(folder), str(self._device), self._progress)
 
 
 class Remembering(LM):  # type: ignore[misc]

@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -85,9 +85,21 @@ def loaded(path: str | Path, how: Running, **loading: Any) -> Any:
 
 def streamed(path: Path, windows: torch.Tensor, folder: Path, device: str, progress: Progress | None) -> Iterator[Pass]:
     """As `fidelity.passes`, by a model whose blocks are in memory one at a time. folder: for activations."""
-    started = time.perf_counter()
+    end, started = 0, time.perf_counter()
+    for logits in outputs(path, windows, folder, device, progress):
+        check_finite(logits, end, str(path))
+        end += len(logits)
+        yield end, logits, time.perf_counter() - started
+        started = time.perf_counter()
+
+
+def outputs(
+    path: Path, samples: torch.Tensor | Sequence[torch.Tensor], folder: Path, device: str, progress: Progress | None
+) -> Iterator[torch.Tensor]:
+    """The logits of samples, as `Blocks` takes them, batch by batch, by a model whose blocks are in memory one at a
+    time."""
     try:
-        blocks = Blocks(Source(path), {}, windows, folder, device)
+        blocks = Blocks(Source(path), {}, samples, folder, device)
         for done in range(1, len(blocks.names) + 1):
             if (block := blocks.next()) is None:
                 break
@@ -99,12 +111,7 @@ def streamed(path: Path, windows: torch.Tensor, folder: Path, device: str, progr
     except ValueError as error:
         reason = str(error).partition("; ")[0]  # what follows is advice on calibration
         raise ValueError(f"{path} does not fit into the memory (--original-memory), and {reason}") from None
-    end = 0
-    for logits in blocks.logits():
-        check_finite(logits, end, str(path))
-        end += len(logits)
-        yield end, logits, time.perf_counter() - started
-        started = time.perf_counter()
+    yield from blocks.logits()
 
 
 def memory_bytes(device: str) -> int:

@@ -157,6 +157,33 @@ def test_the_users_own_task_runs_beside_ours(model: Any, tokenizer: Any, user_ta
     assert ("loglikelihood", 6, 6) in calls  # of birds
 
 
+def test_block_by_block_the_same_tasks_score_the_same(
+    llama_dir: Path, model: Any, tokenizer: Any, user_tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A choice, a likelihood of whole texts, and one that generates, for which the whole model is needed."""
+    birds = (
+        (user_tasks / "birds.yaml").read_text().replace("doc_to_choice: c\n", "").replace(": a\n", ': "{{q}} {{c}}"\n')
+    )
+    for name, kind, metric, more in (
+        ("said", "loglikelihood_rolling", "word_perplexity", ""),
+        ("written", "generate_until", "exact_match", "generation_kwargs: {max_gen_toks: 4, until: []}\n"),
+    ):
+        task = (
+            birds.replace("birds\n", f"{name}\n")
+            .replace("multiple_choice", kind)
+            .replace("metric: acc", f"metric: {metric}")
+        )
+        (user_tasks / f"{name}.yaml").write_text(task + more)
+    monkeypatch.setattr(responses, "_STREAMED", 4096)  # tokens: several passes through the blocks
+    tasks, asked = ["builtin_cloze", "birds", "said", "written"], {"include_path": user_tasks, "limit": 40}
+    whole = run(AutoModelForCausalLM.from_pretrained(llama_dir, dtype=torch.float32), tokenizer, tasks, **asked)
+    streamed = harness.run(lambda: llama_dir, model.config, tokenizer, harness.Asked(tuple(tasks), **asked), TEXT)
+    assert set(whole) - set(streamed) == {"written"}
+    for task, metrics in streamed.items():
+        for name, metric in metrics.items():
+            assert metric.value == pytest.approx(whole[task][name].value, rel=1e-5), (task, name)
+
+
 def test_a_task_without_its_data_is_named(model: Any, tokenizer: Any, user_tasks: Path) -> None:
     with pytest.raises(ValueError, match=r"task lost: it or its data cannot be had .*nowhere") as caught:
         run(model, tokenizer, ["lost"], include_path=user_tasks)
