@@ -1,7 +1,9 @@
 """BfpCache: keys and values in block floating point along head_dim, key channels sorted (K-sort, arXiv:2403.20137).
 
 Channels of a key are reordered as they are stored, and put back as they are read, so queries, weights and the rotary
-embedding stay as they are. Not in the paper: what is stored of a key is its difference from the mean of the first ones.
+embedding stay as they are: the order differs from head to head, the two of a rotary pair lie side by side (in halves, as
+rotary embeddings have them, sorting gains nothing at blocks of 64), and the checkpoint means the same to any other
+program. On a CPU it costs nothing, as channels are put back while they are unpacked. Not in the paper: what is stored of a key is its difference from the mean of the first ones.
 Some channels hardly change from token to token, and would cost the others of their block all precision.
 """
 
@@ -15,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from compress.formats import bfp
 from compress.formats.bfp import Format
-from compress.kernels import decode
+from compress.kernels import bfp_cache
 from compress.packed_cache import Exact, Packed, PackedCache, PackedLayer
 
 BITS = (4, 5, 6, 8)
@@ -46,26 +48,25 @@ class BfpPacking:
         leading, exact = states.shape[:-1], states.float()
         if self.mean is not None:
             exact = exact - self.mean
-        flat = torch.take_along_dim(exact, self._order(states), dim=-1).reshape(-1, states.shape[-1])
+        order = self._order(states.shape[1], states.shape[3], states.device)
+        flat = torch.take_along_dim(exact, order, dim=-1).reshape(-1, states.shape[-1])
         exponents = bfp.nearest_exponents(flat, self.form)
         return bfp.pack(flat, exponents, self.form).view(*leading, -1), exponents.view(*leading, -1)
 
     def unpack(self, packed: Packed, head_dim: int, dtype: torch.dtype) -> Tensor:
-        mantissas, exponents = (part.flatten(0, 2) for part in packed)
-        states = decode.bfp(mantissas, exponents, self.form, head_dim).view(*packed[0].shape[:-1], head_dim)
-        states = torch.take_along_dim(states, self._order(states).argsort(-1), dim=-1)
-        return (states if self.mean is None else states + self.mean).to(dtype)
+        mantissas, exponents = packed
+        order = self._order(mantissas.shape[1], head_dim, mantissas.device)
+        return bfp_cache.states(mantissas, exponents, self.form, order, self.mean).to(dtype)
 
-    def _order(self, states: Tensor) -> Tensor:
-        """(1, heads or 1, 1, head_dim), on the device of the states."""
-        heads, channels = states.shape[1], states.shape[3]
+    def _order(self, heads: int, channels: int, device: torch.device) -> Tensor:
+        """(1, heads or 1, 1, head_dim)."""
         if self.order is None:
             self.order = paired(torch.arange(channels), self.rotary)
         if self.order.shape not in ((channels,), (heads, channels)):
             raise ValueError(
                 f"order: {tuple(self.order.shape)} channels of keys are ordered, and there are {(heads, channels)}"
             )
-        self.order = self.order.to(states.device)
+        self.order = self.order.to(device)
         return self.order.view(1, -1, 1, channels)
 
 

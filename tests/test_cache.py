@@ -14,6 +14,9 @@ import compress
 from compress import kv_cache
 from compress.cache import BfpCache, BfpPacking, key_order, paired
 from compress.eval.evaluate import evaluate
+from compress.formats import bfp
+from compress.formats.bfp import Format
+from compress.kernels import bfp_cache
 from compress.kivi import KiviCache, KiviPacking
 from compress.packed_cache import Exact, PackedLayer, nbytes
 
@@ -371,3 +374,26 @@ def test_eval_on_the_command_line(llama_dir: Path) -> None:
     shown = CliRunner().invoke(main, [*arguments, "kivi", "--kv-bits", "2"])
     assert shown.exit_code == 0, shown.output
     assert "KV cache, bytes per token (kivi, 2 bits)" in shown.output
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
+@pytest.mark.parametrize("columns", [1, 37, 64])
+def test_compiled_unpacking_equals_the_slow_one(bits: int, columns: int) -> None:
+    """By heads and by one order for all; with a block that holds no number."""
+    form = Format(bits, 16, True, torch.float32)
+    generator = torch.Generator().manual_seed(bits)
+    values = torch.randn(2 * 3 * 5, columns, generator=generator)
+    values[7, 0] = torch.inf
+    exponents = bfp.shared_exponents(values, form)
+    parts = [part.view(2, 3, 5, -1) for part in (bfp.pack(values, exponents, form), exponents)]
+    plain = bfp.unpack(bfp.pack(values, exponents, form), exponents, form, columns).view(2, 3, 5, columns)
+    mean = torch.randn(1, 3, 1, columns, generator=generator)
+    for heads in (1, 3):
+        order = torch.stack([torch.randperm(columns, generator=generator) for _ in range(heads)]).view(1, heads, 1, -1)
+        places = torch.empty_like(plain).scatter_(-1, order.expand_as(plain), plain)
+        for added in (None, mean):
+            found = bfp_cache.states(*parts, form, order, added)
+            torch.testing.assert_close(
+                found, places if added is None else places + added, rtol=0, atol=0, equal_nan=True
+            )
+    assert bfp_cache.states(*(part[:, :, :0] for part in parts), form, order, None).shape == (2, 3, 0, columns)
