@@ -106,7 +106,7 @@ class Bfp(Scheme):
         missing = -weight.shape[1] % self.block_size
         if missing:
             weight = F.pad(weight, (0, missing))
-            stats = stats and replace(stats, second_moment=F.pad(stats.second_moment, (0, missing)))
+            stats = stats and replace(stats, absmean=F.pad(stats.absmean, (0, missing)))
         steps = form.steps()[form.lowest : form.top + 1]
         found = search(weight, exponents - form.lowest, steps, (0, 1, -1), len(steps) - 1, self._element, stats)
         return found + form.lowest

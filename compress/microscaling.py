@@ -122,7 +122,8 @@ def rounded(values: Tensor, element: Element) -> Tensor:
 def search(
     weight: Tensor, codes: Tensor, scales: Tensor, steps: Sequence[int], top: int, element: Element, stats: Stats | None
 ) -> Tensor:
-    """Of the scales numbered codes + step, each block's with the least squared error; of equal ones the first.
+    """Of the scales numbered codes + step, each block's with the least squared error; of equal ones the first. Where
+    the inputs were measured, errors are weighted with their mean size.
 
     weight: (out_features, in_features) bf16, fp16 or fp32, on the CPU. codes: (out_features, blocks) uint8, numbers in
     `scales`, which holds positive float32 in ascending order up to `top`. Returns numbers like `codes`.
@@ -132,9 +133,10 @@ def search(
         return codes
     tiles = -(-blocks // LANES)
     lanes, size = -(-blocks // tiles), weight.shape[1] // blocks
-    moments = torch.ones(weight.shape[1]) if stats is None else stats.second_moment.float()
+    # Mean squares are those of a few tokens, which other text does not have.
+    sizes = torch.ones(weight.shape[1]) if stats is None else stats.absmean.float()
     importance = np.zeros((tiles * lanes, size), np.float32)
-    importance[:blocks] = moments.reshape(blocks, size).numpy()
+    importance[:blocks] = sizes.reshape(blocks, size).numpy()
     importance = np.ascontiguousarray(importance.reshape(tiles, lanes, size).transpose(0, 2, 1))
     source, shift = float_bits(weight)
     found = codes.numpy().copy()

@@ -26,8 +26,8 @@ def plain(scheme: Scheme) -> Scheme:
     return dataclasses.replace(scheme, search=False)
 
 
-def stats(second_moment: Tensor) -> Stats:
-    return Stats(1, second_moment, second_moment.sqrt(), second_moment.sqrt())
+def stats(absmean: Tensor) -> Stats:
+    return Stats(1, torch.ones_like(absmean), absmean, absmean)
 
 
 def values(name: str) -> Tensor:

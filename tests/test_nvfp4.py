@@ -26,8 +26,8 @@ def gaussian(seed: int, rows: int, columns: int) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
-def stats(second_moment: Tensor) -> Stats:
-    return Stats(1, second_moment, second_moment.sqrt(), second_moment.sqrt())
+def stats(absmean: Tensor) -> Stats:
+    return Stats(1, torch.ones_like(absmean), absmean, absmean)
 
 
 def relative(weight: Tensor, scheme: Nvfp4 = SEARCHED) -> float:
