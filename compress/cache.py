@@ -1,10 +1,11 @@
 """BfpCache: keys and values in block floating point along head_dim, key channels sorted (K-sort, arXiv:2403.20137).
 
 Channels of a key are reordered as they are stored, and put back as they are read, so queries, weights and the rotary
-embedding stay as they are: the order differs from head to head, the two of a rotary pair lie side by side (in halves, as
-rotary embeddings have them, sorting gains nothing at blocks of 64), and the checkpoint means the same to any other
-program. On a CPU it costs nothing, as channels are put back while they are unpacked. Not in the paper: what is stored of a key is its difference from the mean of the first ones.
-Some channels hardly change from token to token, and would cost the others of their block all precision.
+embedding stay as they are: the order differs from head to head, the two of a rotary pair lie side by side (in halves,
+as rotary embeddings have them, sorting gains nothing at blocks of 64), and the checkpoint means the same to any other
+program. On a CPU it costs nothing, as channels are put back while they are unpacked. Not in the paper: what is stored
+of a key is its difference from the mean of the first ones. Some channels hardly change from token to token, and would
+cost the others of their block all precision.
 """
 
 from __future__ import annotations

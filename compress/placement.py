@@ -7,9 +7,10 @@ parameter; what else is packed (norms, biases, convolutions) is decoded when it 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -244,17 +245,18 @@ class Placement:
 
     def _keep_untied(self) -> None:
         """Also where the model works out again what is tied: `tie_weights` would look for parameters."""
-        expanded, ours = self._model.get_expanded_tied_weights_keys, frozenset(self._untied)
-
-        def without_ours(all_submodels: bool = False) -> dict[str, str]:
-            return {a: b for a, b in expanded(all_submodels=all_submodels).items() if a not in ours}
-
-        if ours:
-            self._model.get_expanded_tied_weights_keys = without_ours  # type: ignore[method-assign]
+        if self._untied:
+            kept = partial(_without, self._model.get_expanded_tied_weights_keys, frozenset(self._untied))
+            self._model.get_expanded_tied_weights_keys = kept  # type: ignore[method-assign]
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
         path, _, leaf = name.rpartition(".")
         return self._model.get_submodule(path), leaf
+
+
+def _without(expanded: Callable[..., dict[str, str]], ours: frozenset[str], all_submodels: bool = False) -> Any:
+    """For `partial`, which can be pickled. expanded: what else says which parameters are tied."""
+    return {a: b for a, b in expanded(all_submodels=all_submodels).items() if a not in ours}
 
 
 def _cannot_resize(*_: Any, **__: Any) -> Any:

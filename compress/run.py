@@ -205,7 +205,8 @@ def _write(
                 noted = {m: replace(made, note=stream.note(m, made.note)) for m, made in calibrated.fitted.items()}
                 calibrated = replace(calibrated, fitted=noted)
         fitted = calibrated.fitted | stack.fit_rest(job, source, plan, calibrated.fitted)
-        calibrated = Calibrated(fitted, calibrated.seconds)
+        chosen_in = (job.recall(f"{STREAM}-choice") or {"seconds": 0.0})["seconds"]
+        calibrated = Calibrated(fitted, calibrated.seconds + chosen_in)
         shard_bytes, order = sizes.parse(options.shard_size), stack.order(source, plan, fitted)
         return write(job, source, plan, prepared.tied, shard_bytes, advance, fitted, order), calibrated
     except ValueError:
@@ -219,9 +220,10 @@ def _stream(job: Job, prepared: Prepared, text: Tensor | Statistics, device: str
         return None
     known = job.recall(STREAM)
     if known is None:
-        folder = job.scratch / STREAM
+        folder, started = job.scratch / STREAM, time.monotonic()
         chosen = choose(prepared.source, prepared.plan, prepared.structure, text, folder, device)
         shutil.rmtree(folder, ignore_errors=True)
+        job.note(f"{STREAM}-choice", {"seconds": time.monotonic() - started})
         known = {"why": chosen} if isinstance(chosen, str) else chosen.to_dict()
         job.note(STREAM, known)
     return Stream.from_dict(known) if "order" in known else None

@@ -10,6 +10,7 @@ import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -107,6 +108,10 @@ class Checkpoint:
         length = entry.end // page * page - start
         if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
             self._map(entry.file).madvise(mmap.MADV_DONTNEED, start, length)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which map the files themselves."""
+        return {**self.__dict__, "_maps": {}}
 
     def _map(self, file: Path) -> mmap.mmap:
         if file not in self._maps:

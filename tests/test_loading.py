@@ -185,3 +185,14 @@ def test_a_state_dict_cannot_be_loaded_as_compressed(tiny_compressed: Compressed
 def test_a_device_that_computes_nothing_here_is_refused(device: str) -> None:
     with pytest.raises(ValueError, match=f"device {device} .*cpu always"):
         hf.check_device(device)
+
+
+@pytest.mark.parametrize("scheme", ["df11", "bitstack"])
+def test_a_loaded_model_can_be_saved_by_torch_and_read_back(scheme: str, llama_dir: Path, tmp_path: Path) -> None:
+    options = {"scaling": "none"} if scheme == "bitstack" else {}
+    compress.quantize(llama_dir, tmp_path / "out", scheme, scoring=None, **options)
+    model, ids = compress.load(tmp_path / "out"), torch.arange(8)[None]
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
