@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from compress.df11 import Df11
+from compress.int8 import Int8
 from compress.kernels import bitstack as kernels
 from compress.kernels.bitstack import Planes
 from compress.kernels.op import Packed
@@ -30,6 +32,7 @@ LEAST_STEPS = 32
 MOST_CONTEXT = 7  # bits of the code that decide a step; what is left to the others is even in each such cell
 SAMPLE = 1 << 17  # weights that the steps are fitted to
 COMPARED = 3  # planes after which the better of two scales is known
+HEADS: dict[str, Scheme | None] = {"none": None, "8": Int8(), "lossless": Df11()}
 DEAD = 1e-4  # of the mean second moment: a channel that the text never uses keeps this much importance
 
 Factors = tuple[Tensor, Tensor]  # u (m, rank) and v (rank, n), bfloat16, the first column and row not negative
@@ -37,13 +40,18 @@ Factors = tuple[Tensor, Tensor]  # u (m, rank) and v (rank, n), bfloat16, the fi
 
 @dataclass(frozen=True)
 class Bitstack(Scheme):
-    """Signs on a low-rank scale, then bit planes; any number of its blocks of 1 bit a weight can be loaded."""
+    """Signs on a low-rank scale, then bit planes; any number of its blocks of 1 bit a weight can be loaded.
+
+    head: what the output head and the embeddings are stored with, all of which are always loaded: 8 bits (`int8`),
+    lossless (`df11`), or none, which leaves them as they are.
+    """
 
     name = "bitstack"
     stacked: ClassVar[bool] = True
     blocks: int = 8
     rank: str = "auto"
     scaling: Literal["activation", "none"] = "activation"
+    head: Literal["none", "8", "lossless"] = "none"
 
     def __post_init__(self) -> None:
         if not 1 <= self.blocks <= 16:
@@ -54,6 +62,10 @@ class Bitstack(Scheme):
     @property
     def needs_calibration(self) -> bool:
         return self.scaling == "activation"
+
+    @property
+    def beside(self) -> Scheme | None:
+        return HEADS[self.head]
 
     def rank_of(self, shape: tuple[int, ...]) -> int:
         """The rank of the scale of an (m, n) weight."""

@@ -19,6 +19,7 @@ from compress.fold import Kind
 from compress.formats import bitpack
 from compress.kernels import cpu, decode, groups
 from compress.kernels.cpu import Product
+from compress.kernels.op import Packed
 from compress.kernels.prepared import Prepared
 from compress.scheme import Scheme, Spec, Tensors
 from compress.stats import Stats
@@ -126,6 +127,16 @@ class Int4(Scheme):
             return tensors.decode()
         packed, scales = tensors["weight_packed"], tensors["weight_scale"]
         return decode.groups(packed, scales, self._zeros(tensors), self.bits, self.group_size)
+
+    def rows(self, tensors: Any, index: Tensor) -> Tensor:
+        flat = index.flatten()
+        if isinstance(tensors, Packed):
+            return groups.decode(tensors.weight.chosen(flat)).view(*index.shape, -1)
+        if "weight_packed" not in tensors:
+            return super().rows(tensors, index)
+        zeros, stored = self._zeros(tensors), (tensors["weight_packed"][flat], tensors["weight_scale"][flat])
+        found = decode.groups(*stored, None if zeros is None else zeros[flat], self.bits, self.group_size)
+        return found.view(*index.shape, -1)
 
     def prepare(self, tensors: Tensors) -> Any:
         packed, scales = tensors["weight_packed"], tensors["weight_scale"]

@@ -184,20 +184,19 @@ def resolve(structure: Structure, specs: Mapping[str, Spec], rules: Sequence[Rul
     """The first rule that matches a module decides; without one, `scheme` takes every linear but the head and routers.
 
     A lossless scheme takes these too, and every other tensor, under its name without `.weight`; a rule for a lossy one
-    does not concern the latter. specs: shape and dtype of every source tensor. Raises ValueError for a rule that
-    matches nothing, or that splits the experts of one parameter.
+    does not concern the latter. The head and embeddings that `scheme` leaves go to the one that it has `beside` it.
+    specs: shape and dtype of every source tensor. Raises ValueError for a rule that matches nothing, or that splits the
+    experts of one parameter.
     """
     linears = structure.linears
-    rest = (
-        _other_tensors(structure, specs) if any(s and s.lossless for s in (scheme, *(r.scheme for r in rules))) else {}
-    )
+    rest = _other_tensors(structure, specs, (scheme, *(rule.scheme for rule in rules)))
     counts = dict.fromkeys(range(len(rules)), 0)
     modules: dict[str, Packed] = {}
     left, notes = [], {}
     for name, linear in linears.items():
         spec = Spec(specs[linear.source].dtype, weight_shape(linear, specs[linear.source]))
-        default = None if (linear.head or linear.router) and not scheme.lossless else scheme
-        chosen = _choose(name, rules, counts, default)
+        takes = scheme.lossless or not (linear.head or linear.router)
+        chosen = _choose(name, rules, counts, scheme if takes else scheme.beside if linear.head else None)
         if chosen is None or not chosen.takes(spec):
             left.append(name)
             if chosen is not None and not chosen.lossless:
@@ -210,9 +209,10 @@ def resolve(structure: Structure, specs: Mapping[str, Spec], rules: Sequence[Rul
         modules[name] = Packed(fitted.for_dtype(spec.dtype), linear.source, linear.index, linear.transposed)
     for name, source in rest.items():
         lossless = [i for i, rule in enumerate(rules) if rule.scheme is None or rule.scheme.lossless]
-        chosen = _choose(name, rules, counts, scheme if scheme.lossless else None, lossless)
-        if chosen is not None and chosen.takes(specs[source]):
-            modules[name] = Packed(chosen, source)
+        beside = scheme.beside if structure.is_embedding(source) else None
+        chosen = _choose(name, rules, counts, scheme if scheme.lossless else beside, lossless)
+        if chosen is not None and chosen.takes(spec := specs[source]):
+            modules[name] = Packed(chosen.fit(spec.shape).for_dtype(spec.dtype), source)
     _check_rules(rules, counts, list(linears), list(rest))
     _check_experts(linears, modules)
     taken = {linears[module].path for module in modules if module in linears}
@@ -232,11 +232,15 @@ def resolve(structure: Structure, specs: Mapping[str, Spec], rules: Sequence[Rul
     )
 
 
-def _other_tensors(structure: Structure, specs: Mapping[str, Spec]) -> dict[str, str]:
-    """Module name -> source tensor of everything that is no linear weight and that can be loaded when it is packed."""
+def _other_tensors(structure: Structure, specs: Mapping[str, Spec], schemes: Sequence[Scheme | None]) -> dict[str, str]:
+    """Module name -> source tensor of everything that is no linear weight, that can be loaded when it is packed, and
+    that one of the schemes may take."""
+    lossless = any(scheme and scheme.lossless for scheme in schemes)
+    if not lossless and not any(scheme and scheme.beside for scheme in schemes):
+        return {}
     taken = {linear.source for linear in structure.linears.values()} | structure.left_out
     names = [name for name in specs if name not in taken and structure.is_placed(name)]
-    return {name.removesuffix(".weight"): name for name in names}
+    return {name.removesuffix(".weight"): name for name in names if lossless or structure.is_embedding(name)}
 
 
 def _choose(
@@ -300,6 +304,8 @@ def _needs_dense(structure: Structure, modules: Mapping[str, Packed]) -> bool:
 
 def _method(structure: Structure, modules: Mapping[str, Packed], dense: bool) -> str | None:
     """The `quant_method` in whose layout all of it can be written, if there is one."""
+    if not modules.keys() <= structure.linears.keys():
+        return None
     methods = {interchange.method(packed.scheme) for packed in modules.values()} or {interchange.METHOD}
     if methods == {bitsandbytes.METHOD}:
         taken = {structure.linears[module].path for module in modules}

@@ -90,6 +90,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def _parse(where: str, value: Any, hint: Any) -> Any:
     if get_origin(hint) is Literal:
+        value = str(value)  # 8 is one where "8" is
         if value not in get_args(hint):
             allowed = get_args(hint)
             raise ValueError(f"{where} is {value!r}{did_you_mean(str(value), allowed)}; allowed: {', '.join(allowed)}")

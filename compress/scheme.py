@@ -71,6 +71,11 @@ class Scheme(ABC):
         """Whether its weights are to be fitted to data: `encode` is given stats wherever tokens reach a layer."""
         return False
 
+    @property
+    def beside(self) -> Scheme | None:
+        """What the output head and embeddings are stored with, which it does not take itself; None: they are left."""
+        return None
+
     def block_of(self, local: str) -> int:
         """The number of the block that a local tensor belongs to, where `stacked`; 0 for what is always there."""
         return 0

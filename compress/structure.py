@@ -148,6 +148,13 @@ class Structure:
         target, pattern = self.target(name)
         return pattern is None or target not in self.parameters
 
+    def is_embedding(self, name: str) -> bool:
+        """Whether the stored tensor `name` is the weight of an `nn.Embedding`."""
+        target, _ = self.target(name)
+        path, _, leaf = target.rpartition(".")
+        known = target in self.parameters and leaf == "weight"
+        return known and isinstance(self.model.get_submodule(path), nn.Embedding)
+
     def tied(self) -> dict[str, str]:
         """Parameter -> the parameter whose memory it shares."""
         keys = getattr(self.model, "all_tied_weights_keys", None) or {}

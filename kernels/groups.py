@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,13 @@ class Groups:
     def fits(self) -> bool:
         """Whether a kernel multiplies with it: a unit of codes has one scale."""
         return self.scales.shape[1] == 1 or self.columns % self.unit == 0
+
+    def chosen(self, index: Tensor) -> Groups:
+        """Those rows of it, where each has scales of its own. index: (count,) int64."""
+        codes = self.codes.view(torch.int32)[index].view(torch.uint32)  # torch takes no rows of unsigned words
+        zeros = None if self.zeros is None else self.zeros[index]
+        shape = (len(index), self.shape[1])
+        return replace(self, codes=codes, scales=self.scales[index], zeros=zeros, shape=shape)
 
     def divided(self) -> Tensor:
         """(n, blocks) float32: the scales."""

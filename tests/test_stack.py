@@ -323,6 +323,56 @@ def test_beside_other_schemes_and_in_several_files(tiny_model: Tiny, tmp_path: P
     assert manifest.verify(tmp_path / "small") == []
 
 
+@pytest.mark.parametrize("head", [8, "lossless"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied-biased", "gpt2"])
+def test_head_and_embeddings_are_stored_as_asked(
+    name: str, head: object, tiny_model: Tiny, tiny_compressed: Compressed, tmp_path: Path
+) -> None:
+    options = {"scaling": "none", "blocks": 3}
+    out, plain = (tiny_compressed(name, "bitstack", **options, **more) for more in ({"head": head}, {}))
+    report = read_report(out)
+    lines = {line["name"]: line for line in report.tensors}
+    ends = [line for at, line in lines.items() if at.rpartition(".")[2] in ("embed_tokens", "lm_head", "wte", "wpe")]
+    assert [line["scheme"] for line in ends] == len(ends) * ["int8" if head == 8 else "df11"]
+    assert len(ends) == {"llama": 2, "llama-tied-biased": 1, "gpt2": 2}[name]  # a tied head is stored once
+    assert sum(line["bytes"] for line in ends) < (0.55 if head == 8 else 0.8) * sum(e["original_bytes"] for e in ends)
+    stored = sum(entry.bytes for entry in Checkpoint(out).entries.values())
+    forecast = compress.plan(tiny_model(name), "bitstack", head=head, **options)
+    assert report.bytes == stored == forecast.totals["bytes"]
+    names = [local for local, entry in Checkpoint(out).entries.items() if entry.bytes]
+    first = next(i for i, local in enumerate(names) if local.endswith(".plane_0"))
+    assert all(any(local.startswith(f"{end['name']}.") for local in names[:first]) for end in ends)
+
+    result = CliRunner().invoke(main, ["verify", str(out), "--against", str(tiny_model(name)), "--json"])
+    assert result.exit_code == 0, result.output
+    errors = {line["name"]: line["relative_error"] for line in json.loads(result.stdout)["tensors"]}
+    assert all((errors[f"{end['name']}.weight"] == 0) == (head != 8) for end in ends)
+    assert all(errors[f"{end['name']}.weight"] < 0.01 for end in ends)
+
+    model, other = compress.load(out), compress.load(plain)
+    most, saved = bytes_of(model), sum(line["original_bytes"] - line["bytes"] for line in ends)
+    assert most == bytes_of(other) - saved
+    error = (logits(model).float() - logits(other).float()).norm() / logits(other).float().norm()
+    assert error == 0 if head != 8 else error < 0.02
+    model.resize(int(0.9 * most))
+    assert bytes_of(model) <= 0.9 * most
+    assert torch.equal(logits(model), logits(compress.load(out, max_memory=int(0.9 * most))))
+    trim(out, tmp_path / "small", int(0.9 * most) + 20_000)
+    assert manifest.verify(tmp_path / "small") == []
+    logits(compress.load(tmp_path / "small"))
+
+
+def test_a_rule_for_the_head_comes_before_the_option(tiny_model: Tiny) -> None:
+    rules = compress.Rules(exclude=("embed_tokens",))
+    options = {"scheme": "bitstack", "scaling": "none", "head": "8"}
+    plan = compress.plan(tiny_model("llama"), rules=rules, **options).plan
+    assert "model.embed_tokens" not in plan.modules and plan.modules["lm_head"].scheme.name == "int8"
+    plan = compress.plan(tiny_model("llama"), rules=compress.Rules(include=("re:layers",)), **options).plan
+    assert "lm_head" not in plan.modules
+    plan = compress.plan(tiny_model("llama"), rules=compress.Rules(exclude=("re:layers",)), **options).plan
+    assert list(plan.modules) == ["lm_head", "model.embed_tokens"] and plan.interchange is None
+
+
 def test_eval_takes_a_budget(llama_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     compress.quantize(llama_dir, out, "bitstack", scoring=None, scaling="none")
