@@ -7,7 +7,6 @@ error of the paper's residual signs and factors (benchmarks/results/bitstack.md)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -16,11 +15,12 @@ import torch
 from torch import Tensor
 
 from compress.df11 import Df11
+from compress.fold import Kind
 from compress.int8 import Int8
 from compress.kernels import bitstack as kernels
 from compress.kernels.bitstack import Planes
 from compress.kernels.op import Packed
-from compress.lowrank import truncated_svd
+from compress.lowrank import Factors, approximations
 from compress.nested import fit_steps
 from compress.scheme import Scheme, Spec, Tensors
 from compress.stats import Stats
@@ -35,13 +35,13 @@ COMPARED = 3  # planes after which the better of two scales is known
 HEADS: dict[str, Scheme | None] = {"none": None, "8": Int8(), "lossless": Df11()}
 DEAD = 1e-4  # of the mean second moment: a channel that the text never uses keeps this much importance
 
-Factors = tuple[Tensor, Tensor]  # u (m, rank) and v (rank, n), bfloat16, the first column and row not negative
-
 
 @dataclass(frozen=True)
 class Bitstack(Scheme):
     """Signs on a low-rank scale, then bit planes; any number of its blocks of 1 bit a weight can be loaded.
 
+    scaling=activation weighs errors with the size of the inputs: columns are scaled, and their scale is a part of the
+    low-rank one; the powers of two in it go into the norm before, where no other layer reads that.
     head: what the output head and the embeddings are stored with, all of which are always loaded: 8 bits (`int8`),
     lossless (`df11`), or none, which leaves them as they are.
     """
@@ -89,9 +89,17 @@ class Bitstack(Scheme):
         kind, _, number = local.partition("_")
         return int(number) if kind in ("plane", "steps") else 0
 
+    @property
+    def folds(self) -> frozenset[Kind]:
+        return frozenset(["scale"] if self.scaling == "activation" else [])
+
+    def exact_scale(self, second_moment: Tensor) -> Tensor | None:
+        return torch.exp2(_importance(second_moment).sqrt().log2().round())
+
     def encode(self, weight: Tensor, stats: Stats | None = None) -> Tensors:
         shape = (weight.shape[0], weight.shape[1])
-        importance = self._importance(weight, stats)
+        known = stats if self.scaling == "activation" else None
+        importance = torch.ones(shape[1]) if known is None else _importance(known.second_moment)
         counts = [_step_count(block, weight.numel()) for block in range(self.blocks)]
         sample = slice(None, None, max(1, weight.numel() // SAMPLE))
         magnitudes = weight[sample].float().abs()
@@ -99,7 +107,7 @@ class Bitstack(Scheme):
         def fit(factors: Factors, planes: int) -> tuple[float, list[Tensor]]:
             return fit_steps(magnitudes, kernels.scale(factors[0][sample], factors[1]), importance, counts[:planes])
 
-        candidates = [make(weight, importance, self.rank_of(shape)) for make in (_svd_factors, _mean_factors)]
+        candidates = approximations(weight, importance, self.rank_of(shape))
         u, v = min(candidates, key=lambda factors: fit(factors, COMPARED)[0])
         _, steps = fit((u, v), self.blocks)
         tensors = {"like": torch.empty(0, *shape, dtype=weight.dtype), "u": u, "v": v}
@@ -144,13 +152,12 @@ class Bitstack(Scheme):
     def _packed(self, tensors: Any) -> Packed:
         return tensors if isinstance(tensors, Packed) else self.prepare(tensors)
 
-    def _importance(self, weight: Tensor, stats: Stats | None) -> Tensor:
-        """How much an error in each column matters: (n,) float32, of mean 1."""
-        if stats is None or self.scaling == "none":
-            return torch.ones(weight.shape[1])
-        moment = stats.second_moment.float().cpu()
-        mean = float(moment.double().mean())
-        return moment / mean + DEAD if mean > 0 else torch.ones_like(moment)
+
+def _importance(second_moment: Tensor) -> Tensor:
+    """How much an error in each column matters: (n,) float32, of mean 1."""
+    moment = second_moment.float().cpu()
+    mean = float(moment.double().mean())
+    return moment / mean + DEAD if mean > 0 else torch.ones_like(moment)
 
 
 def _step_count(block: int, weights: int) -> int:
@@ -161,33 +168,3 @@ def _step_count(block: int, weights: int) -> int:
 
 def _blocks(tensors: Tensors) -> int:
     return sum(local.startswith("plane_") for local in tensors)
-
-
-def _svd_factors(weight: Tensor, importance: Tensor, rank: int) -> Factors:
-    """The best approximation of the magnitudes of that rank where errors weigh as `importance` says."""
-    columns = importance.sqrt()
-    # By a power of two, so that no square overflows; the factors are multiplied with it again, exactly.
-    exponent = math.frexp(float(weight.abs().amax()))[1]
-    magnitudes = _times_power(weight.float().abs(), -exponent)
-    u, v = truncated_svd(magnitudes * columns, rank)
-    v = v / columns
-    balance = (u.abs().amax(0) / v.abs().amax(1).clamp(min=1e-30)).clamp(min=1e-30).sqrt()
-    u, v = u / balance, v * balance[:, None]
-    u[:, 0], v[0] = u[:, 0].abs(), v[0].abs()  # those of a matrix that is not negative are of one sign
-    return _times_power(u, exponent // 2).bfloat16(), _times_power(v, exponent - exponent // 2).bfloat16()
-
-
-def _mean_factors(weight: Tensor, _: Tensor, rank: int) -> Factors:
-    """Mean magnitudes of rows and columns, which miss no part of a matrix in which parts have nothing in common."""
-    exponent = math.frexp(float(weight.abs().amax()))[1]
-    magnitudes = _times_power(weight.float().abs(), -exponent).double()
-    rows, columns = magnitudes.mean(1), magnitudes.mean(0)
-    u, v = torch.zeros(len(rows), rank), torch.zeros(rank, len(columns))
-    root = math.sqrt(float(rows.mean())) or 1.0
-    u[:, 0], v[0] = rows / root, columns / root
-    return _times_power(u, exponent // 2).bfloat16(), _times_power(v, exponent - exponent // 2).bfloat16()
-
-
-def _times_power(values: Tensor, exponent: int) -> Tensor:
-    """values * 2**exponent, in two steps: 2**130 is no float32."""
-    return values * 2.0 ** (exponent // 2) * 2.0 ** (exponent - exponent // 2)

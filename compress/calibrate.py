@@ -20,14 +20,14 @@ from torch import Tensor
 
 from compress import fisher, gptaq, refine
 from compress.blocks import Beside, Blocks
-from compress.change import Change, changed
+from compress.change import Change, changed, unchanged
 from compress.fold import Fold, folded_norm
 from compress.folding import Folding
 from compress.gptq import NotPositiveDefinite
 from compress.hollow import OUTSIDE
 from compress.job import Job
 from compress.kv_scales import Largest
-from compress.pipeline import Fitted, changes_stored, check_finite, read_weight
+from compress.pipeline import Fitted, changes_stored, check_finite, read_weight, relative_error
 from compress.planning import Plan
 from compress.progress import Progress
 from compress.scheme import Tensors
@@ -325,10 +325,11 @@ class _Block:
             raise ValueError(f"{module}: {error}") from None
         decoded = packed.scheme.decode(tensors)
         error_of_output = output_error(weight, decoded, stats) if stats is not None and stats.tokens else None
-        stacked = self._stacked(module, weight, tensors, stats) if packed.scheme.stacked else {}
+        changes = folding.inputs(module), folding.outputs(module)
+        stacked = self._stacked(module, weight, tensors, stats, changes) if packed.scheme.stacked else {}
         if stats is None and packed.scheme.needs_calibration:
             note = "rounded to nearest: nothing was measured at its input"
-        self._made[module] = tensors | changes_stored(folding.inputs(module), folding.outputs(module))
+        self._made[module] = tensors | changes_stored(*changes)
         self._lines[module] = {"output_error": error_of_output, "note": note, **stacked}
         if packed.scheme.refines and stats is not None:
             self._refined[module] = weight, stats
@@ -360,22 +361,33 @@ class _Block:
             else:
                 blocks.set(module, schemes[module].decode(self._made[module]))
 
-    def _stacked(self, module: str, weight: Tensor, tensors: Tensors, stats: Stats | None) -> dict[str, Any]:
-        """What the order of the blocks of a weight is decided by."""
-        scheme = self._packed[module].scheme
+    def _stacked(
+        self,
+        module: str,
+        weight: Tensor,
+        tensors: Tensors,
+        stats: Stats | None,
+        changes: tuple[Change | None, Change | None],
+    ) -> dict[str, Any]:
+        """What the order of the blocks of a weight is decided by. changes: that were made to it before."""
+        scheme, original = self._packed[module].scheme, read_weight(self._source, self._packed[module])
+
+        def error(decoded: Tensor) -> float:
+            return relative_error(original, unchanged(decoded, *changes))
+
         if stats is None:
-            return {"errors": errors_by_blocks(scheme, weight, tensors)}
-        errors = errors_by_blocks(scheme, weight, tensors, lambda decoded: output_error(weight, decoded, stats))
+            return {"errors": errors_by_blocks(scheme, tensors, error)}
+        errors = errors_by_blocks(scheme, tensors, error, lambda decoded: output_error(weight, decoded, stats))
         count = min(MEASURED_BLOCKS, len(errors))
-        error = errors[count - 1][1]
-        if self._before is None or not error:
+        before = errors[count - 1][1]
+        if self._before is None or not before:
             return {"errors": errors}
         self._blocks.set(module, scheme.decode(first_blocks(scheme, tensors, count)))
         after = self._blocks.output(self._block)
         assert after is not None
         change = (after - self._before).square().sum(-1)
         relative = change / self._before.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
-        return {"errors": errors, "importance": relative.mean().item() / error**2}
+        return {"errors": errors, "importance": relative.mean().item() / before**2}
 
 
 def _file(job: Job, block: str) -> Path:

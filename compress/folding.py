@@ -57,14 +57,19 @@ class Folding:
         """What the report says of it."""
         return "; ".join(self._gains[module]) if module in self._gains else None
 
-    def choose(self, fold: Fold, producers: list[str], readers: list[str]) -> tuple[Change, float] | None:
-        """The change of a fold that helps most, and the part of the squared error that it saves. producers: its
-        modules, none for a norm."""
+    def choose(self, fold: Fold, producers: list[str], readers: list[str]) -> tuple[Change, float | None] | None:
+        """The change of a fold that helps most, and the part of the squared error that it saves; or one that a scheme
+        asks for whatever it saves, and None. producers: its modules, none for a norm."""
         if not all(fold.kind in self._packed[m].scheme.folds and self._stats[m] is not None for m in readers):
             return None
         done = [*(self._inputs.get(m) for m in readers), *(self._outputs.get(m) for m in producers)]
         if any(change and fold.kind in change.tensors for change in done):  # ReLU lets both gate and up be scaled
             return None
+        scales = [scale for module in readers if (scale := self._exact_scale(module)) is not None]
+        if scales:
+            alike = len(scales) == len(readers) and all(torch.equal(scale, scales[0]) for scale in scales)
+            fits = alike and not producers and not fold.offset and bool((scales[0] != 1).any())
+            return (Change(scale=scales[0]), None) if fits else None
         best = None
         try:
             before = least = self._losses(fold, Change(), producers, readers)
@@ -76,13 +81,21 @@ class Folding:
             return None
         return None if best is None else (best, 1 - sum(least) / sum(before))
 
-    def make(self, fold: Fold, change: Change, gain: float, outputs: Mapping[str, Change], readers: list[str]) -> None:
-        """Changes the channels from now on. outputs: by module, what it is to those that make them."""
+    def make(
+        self, fold: Fold, change: Change, gain: float | None, outputs: Mapping[str, Change], readers: list[str]
+    ) -> None:
+        """Changes the channels from now on. gain: as of `choose`. outputs: by module, what it is to those that make
+        them."""
+        why = "by powers of two, in the norm" if gain is None else f"squared error down by {gain:.1%}"
         for module, made in outputs.items():
             self._outputs[module] = self._outputs.get(module, Change()).then(made)
         for module in readers:
             self._inputs[module] = self._inputs.get(module, Change()).then(fold.inputs(change))
-            self._gains.setdefault(module, []).append(f"{DONE[fold.kind]}: squared error down by {gain:.1%}")
+            self._gains.setdefault(module, []).append(f"{DONE[fold.kind]}: {why}")
+
+    def _exact_scale(self, module: str) -> Tensor | None:
+        stats = self._stats[module]
+        return None if stats is None else self._packed[module].scheme.exact_scale(stats.second_moment)
 
     def _losses(self, fold: Fold, change: Change, producers: list[str], readers: list[str]) -> list[float]:
         """What must not grow: of an order the error of each layer, else that of all of them together."""

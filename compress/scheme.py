@@ -122,6 +122,11 @@ class Scheme(ABC):
         """What its errors may shrink with, done to the channels that it reads: a scale, another order, a rotation."""
         return frozenset()
 
+    def exact_scale(self, second_moment: Tensor) -> Tensor | None:
+        """The scale that a norm before it should be divided by, where it `folds` one whatever its errors: powers of
+        two, which round nothing. second_moment: (channels,), of its inputs. Returns (channels,), or None."""
+        return None
+
     def fit(self, shape: tuple[int, ...]) -> Scheme:
         """The scheme for an (out_features, in_features) weight: itself, or for example with a group that divides it."""
         return self

@@ -9,6 +9,7 @@ the paper measures a perplexity for each of all blocks (2410.23918, section 3.3)
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -34,13 +35,16 @@ def first_blocks(scheme: Scheme, tensors: Tensors, count: int) -> Tensors:
 
 
 def errors_by_blocks(
-    scheme: Scheme, weight: Tensor, tensors: Tensors, output_error: Callable[[Tensor], float] | None = None
+    scheme: Scheme,
+    tensors: Tensors,
+    error: Callable[[Tensor], float],
+    output_error: Callable[[Tensor], float] | None = None,
 ) -> Errors:
-    """Relative error, and output error if it can be known, of a weight with 1, 2, ... of its blocks."""
+    """Of a weight with 1, 2, ... of its blocks: its error, and that of its outputs if that can be known."""
     errors: Errors = []
     for count in range(1, 2 + max(map(scheme.block_of, tensors))):
         decoded = scheme.decode(first_blocks(scheme, tensors, count))
-        errors.append((relative_error(weight, decoded), None if output_error is None else output_error(decoded)))
+        errors.append((error(decoded), None if output_error is None else output_error(decoded)))
     return errors
 
 
@@ -58,7 +62,8 @@ def fit_rest(job: Job, source: Source, plan: Plan, known: Mapping[str, Fitted]) 
             tensors = packed.scheme.encode(weight)
             job.scratch.mkdir(exist_ok=True)
             Fitted.save(file, {module: tensors})
-            line = {"errors": errors_by_blocks(packed.scheme, weight, tensors), "note": None}
+            error = partial(relative_error, weight)
+            line = {"errors": errors_by_blocks(packed.scheme, tensors, error), "note": None}
             if packed.scheme.needs_calibration:
                 line["note"] = "scaled by no activations: the calibration text does not reach it"
             job.note(step, line)

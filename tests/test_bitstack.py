@@ -237,6 +237,28 @@ def test_columns_that_carry_more_lose_less() -> None:
     assert all(a <= b for a, b in zip(with_stats[:4], without[:4], strict=True)) and with_stats[0] < 0.95 * without[0]
 
 
+def test_a_scale_of_the_inputs_changes_v_and_no_code() -> None:
+    """So a norm can take it, or leave it."""
+    generator = torch.Generator().manual_seed(1)
+    weight, scale = gaussian(40, 96), torch.exp2(torch.randint(-3, 4, (96,), generator=generator).float())
+    moment = torch.logspace(-2, 2, 96)[torch.randperm(96, generator=generator)]
+    before = Bitstack().encode(weight, stats_of(moment))
+    after = Bitstack().encode(weight * scale, stats_of(moment / scale**2))
+    first, second = (Bitstack().decode(tensors) for tensors in (before, after))
+    assert (second / scale - first).norm() < 0.02 * first.norm()  # factors are bfloat16
+    planes = [[kernels._bits(tensors[f"plane_{i}"], 96) for tensors in (before, after)] for i in range(4)]
+    same = [float((a == b).float().mean()) for a, b in planes]
+    assert same[0] == 1 and min(same) > 0.97
+
+
+def test_the_scale_for_a_norm_is_the_nearest_power_of_two() -> None:
+    scale = Bitstack().exact_scale(torch.tensor([1.0, 4.0, 16.0, 0.0, 0.3, 79.0]))
+    # of roots of these by their mean, 16.717: .245, .489, .978, 0, .134, 2.174
+    assert scale is not None and scale.tolist() == [0.25, 0.5, 1.0, 2**-7, 0.125, 2.0]
+    scale = Bitstack().exact_scale(torch.zeros(3))
+    assert scale is not None and scale.tolist() == [1, 1, 1]
+
+
 def test_only_scaling_by_activations_needs_text() -> None:
     assert Bitstack().needs_calibration and not Bitstack(scaling="none").needs_calibration
     weight = gaussian(8, 32)

@@ -92,6 +92,83 @@ def test_verify_undoes_what_was_changed(case: str, uneven: Path, tmp_path: Path)
         assert found[module].relative_error == pytest.approx(line["relative_error"], rel=0.05, abs=2e-3)
 
 
+@pytest.fixture(scope="module")
+def loud(uneven: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with norms that make some channels louder than others."""
+    path = tmp_path_factory.mktemp("loud")
+    for file in uneven.iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(path / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "layernorm" in name:
+            tensors[name] = tensor * torch.logspace(-2, 2, len(tensor), 2).to(tensor.dtype)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+def test_scales_of_bitstack_move_into_norms_and_change_nothing(
+    loud: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from base64 import b64decode
+
+    from compress.against import _unchanged
+    from compress.bitstack import Bitstack
+    from compress.run import read_report
+    from compress.source import Source
+    from compress.trim import trim
+
+    lines, out = quantize(loud, tmp_path / "out", "bitstack", blocks=4), tmp_path / "out"
+    made = changes(out)
+    assert {name.rpartition(".")[2] for name in made} == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
+    assert len(made) == 10 and all(lines[module]["note"].startswith("input channels scaled") for module in made)
+    ledger = json.loads((out / "compress.json").read_text())["ledger"]
+    original, packed = Source(loud), Source(out)
+    for module, change in made.items():
+        scale = torch.frombuffer(bytearray(b64decode(change["in.scale"])), dtype=torch.float32)
+        assert torch.equal(scale.log2(), scale.log2().round()) and scale.max() >= 2 * scale.min()
+        norm = f"{module.rsplit('.', 2)[0]}.{'input' if 'attn' in module else 'post_attention'}_layernorm.weight"
+        assert ledger[norm]["action"] == "folded"
+        assert torch.equal(packed.read(norm).float() * scale, original.read(norm).float())
+
+    # What is stored computes what the same weights do with norms and columns as they were.
+    model = AutoModelForCausalLM.from_pretrained(loud, dtype=torch.float32)
+    ids, found = torch.randint(3, 200, (4, 32), generator=torch.Generator().manual_seed(1)), []
+    for read in (packed.read, lambda n: _unchanged(packed.read(n), ledger[n])):
+        state = {n: (original.read(n) if n in ledger and "norm" in n and found else read(n)) for n in packed.specs}
+        model.load_state_dict(state, strict=False)
+        with torch.no_grad():
+            found.append(model(ids).logits)
+    assert (found[0] - found[1]).norm() < 1e-6 * found[0].norm()
+
+    # And that is what is stored without folding, but for how factors are rounded.
+    monkeypatch.setattr(Bitstack, "folds", frozenset())
+    plain = quantize(loud, tmp_path / "plain", "bitstack", blocks=4)
+    assert not changes(tmp_path / "plain")
+    for module, line in lines.items():
+        assert line["bytes"] == plain[module]["bytes"]
+        assert line["relative_error"] == pytest.approx(plain[module]["relative_error"], rel=0.05)
+    compared = {line.name.removesuffix(".weight"): line for line in compare(out, loud)}
+    assert not [line for line in compared.values() if line.problem]
+    assert all(compared[m].relative_error == pytest.approx(lines[m]["relative_error"], rel=1e-3) for m in lines)
+    small, size = tmp_path / "small", sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    trim(out, small, int(0.85 * size))
+    compared = {line.name.removesuffix(".weight"): line for line in compare(small, loud)}
+    trimmed = {line["name"]: line for line in read_report(small).tensors}
+    assert all(compared[m].relative_error == pytest.approx(trimmed[m]["relative_error"], rel=1e-3) for m in lines)
+
+
+def test_a_norm_that_adds_one_to_its_weight_keeps_it(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """(w + 1) / 2 - 1 takes more bits than w: bitstack would lose by it what it gains nothing for."""
+    from compress.samples import Samples
+
+    tokens = torch.randint(3, 120, (4, 24), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("compress.run.draw", lambda *_: Samples(tokens, "tokens"))
+    compress.quantize(tiny_model("gemma2"), tmp_path / "out", "bitstack", blocks=2, scoring=None)
+    assert not changes(tmp_path / "out")
+
+
 def test_no_layer_of_an_even_model_gets_worse(llama_dir: Path, tmp_path: Path) -> None:
     before = quantize(llama_dir, tmp_path / "plain", "mxfp4", method="gptq")
     after = quantize(llama_dir, tmp_path / "changed", "mxfp4", method="gptq", reorder=True, hadamard=True)

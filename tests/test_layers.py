@@ -40,10 +40,11 @@ def test_each_layer_alone(llama_dir: Path, tmp_path: Path) -> None:
     assert {name: lines[name] for name in by_hand} == by_hand and min(by_hand.values()) > 0
 
 
-def test_scales_that_were_folded_are_taken_out_again(llama_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["int4", "bitstack"])
+def test_scales_that_were_folded_are_taken_out_again(scheme: str, llama_dir: Path, tmp_path: Path) -> None:
     how = compress.Calibration(samples=4, seq_len=32)
-    out = tmp_path / "out"
-    compress.quantize(llama_dir, out, "int4", group_size=32, method="awq", scoring=None, calibration=how)
+    out, options = tmp_path / "out", {"group_size": 32, "method": "awq"} if scheme == "int4" else {"blocks": 5}
+    compress.quantize(llama_dir, out, scheme, scoring=None, calibration=how, **options)
     ledger = json.loads((out / "compress.json").read_text())["ledger"]
     assert any(entry.get("changes") for entry in ledger.values())  # or this tests nothing
     found = layers.sensitivity(out, original(llama_dir), WINDOWS, tmp_path)
