@@ -7,6 +7,7 @@ import torch
 
 from compress.int4 import Int4
 from compress.int8 import Int8
+from compress.kernels import groups
 from compress.registry import make
 
 
@@ -110,3 +111,14 @@ def test_options_out_of_range_are_named() -> None:
     assert Int8().bits == 8 and math.isclose(
         8 * Int8().bytes((128, 128), torch.bfloat16) / 128**2, 8.125 + 128 / 128**2
     )
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rows_for_the_kernels_of_a_gpu_are_those_of_the_weight(symmetric: bool) -> None:
+    scheme = Int4(bits=5, group_size=32, symmetric=symmetric)
+    tensors = scheme.encode(torch.randn(7, 96, generator=torch.Generator().manual_seed(0)).bfloat16())
+    packed, scales, zeros = tensors["weight_packed"], tensors["weight_scale"], scheme._zeros(tensors)
+    held = groups.pack(packed, scales, (7, 96), scales.dtype, 5, (1, 32), zeros=zeros)
+    index = torch.tensor([[6, 0], [3, 6]])
+    assert torch.equal(scheme.rows(held, index), scheme.decode(tensors)[index])
+    assert torch.equal(scheme.rows(tensors, index), scheme.decode(tensors)[index])
