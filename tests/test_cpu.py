@@ -76,6 +76,19 @@ def test_a_product_is_that_of_the_decoded_weight(case: tuple[str, dict[str, Any]
         assert error(scheme.linear(x, prepared, bias), wanted) < BOUND
 
 
+@pytest.mark.parametrize("columns", [64, 131, 136, 250])
+def test_planes_of_any_width_are_summed_up_once(columns: int) -> None:
+    """The last vector of columns overlaps with the one before it."""
+    for rows, blocks in ((1, 1), (7, 2), (9, 5)):
+        options = {"blocks": blocks, "rank": "3", "scaling": "none"}
+        scheme, tensors = stored("bitstack", (rows, columns), torch.float32, **options)
+        for tokens in (1, 3):
+            x = gaussian(tokens, columns, dtype=torch.float32)
+            wanted = F.linear(x.double(), scheme.decode(tensors).double())
+            prepared = scheme.prepare(tensors)
+            assert prepared.product is not None and error(scheme.linear(x, prepared), wanted) < 1e-5
+
+
 @pytest.mark.parametrize("shape", [(9, 512), (35, 416), (7, 1003)])
 def test_fixed_codes_lose_nothing_but_the_order_of_the_sums(shape: tuple[int, int]) -> None:
     weight = gaussian(*shape) * 0.02
