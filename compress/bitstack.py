@@ -125,7 +125,8 @@ class Bitstack(Scheme):
         return kernels.pack(Planes(planes, tensors["u"], tensors["v"], kernels.expand(steps), tensors["like"].dtype))
 
     def prepared_bytes(self, specs: Mapping[str, Spec]) -> int:
-        return 4 << max(map(self.block_of, specs))  # the level of every code
+        rank, columns = specs["v"].shape
+        return kernels.beside(rank, columns, 1 + max(map(self.block_of, specs)))
 
     def rows(self, tensors: Any, index: Tensor) -> Tensor:
         stack = self._packed(tensors).weight

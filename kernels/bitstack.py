@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compress.formats.compiled import empty, float_bits, in_threads, jit
-from compress.kernels import cpu, cpu_planes, prepared
+from compress.kernels import cpu, cpu_planes, prepared, simd
 from compress.kernels.cpu import Product
 from compress.kernels.op import Layout, Packed
 
@@ -69,6 +69,12 @@ class Planes:
     def located(self) -> Planes:
         """With the addresses, which a kernel reads where the planes are."""
         return replace(self, addresses=_places(self).to(self.u.device))
+
+
+def beside(rank: int, columns: int, planes: int) -> int:
+    """Bytes that are held beside a weight's tensors: the level of every code, and v as the CPU's loops read it."""
+    lanes = simd.lanes()
+    return 4 * (1 << (planes - 1)) + 4 * rank * lanes * -(-columns // lanes)
 
 
 def expand(steps: list[Tensor]) -> Tensor:

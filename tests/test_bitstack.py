@@ -277,6 +277,15 @@ def test_the_factors_take_less_than_12_percent() -> None:
     assert Bitstack(rank="5").rank_of((4, 100)) == 4  # no more than the matrix has
 
 
+def test_what_a_prepared_weight_holds_is_counted() -> None:
+    for shape, blocks in (((20, 131), 5), ((7, 256), 2), ((9, 64), 8)):
+        scheme = Bitstack(blocks=blocks, rank="3")
+        tensors = scheme.encode(gaussian(*shape))
+        stack = scheme.prepare(tensors).weight
+        held = stack.levels.nbytes + stack.vectors.nbytes
+        assert scheme.prepared_bytes({local: Spec.of(local, tensor) for local, tensor in tensors.items()}) == held
+
+
 def test_linear_in_parts_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "ROWS_AT_ONCE", 300)
     linear = compress.linear(gaussian(37, 64), "bitstack", bias=gaussian(37))
