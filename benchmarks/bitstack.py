@@ -1,4 +1,4 @@
-"""`bitstack` beside the paper's own algorithm, and beside `int4`, at equal bytes.
+"""`bitstack` beside the paper's own algorithm, and beside `int4` and `kmeans`, at equal bytes.
 
     python benchmarks/bitstack.py MODEL --text held-out.txt -o benchmarks/results/bitstack.md
     python benchmarks/bitstack.py --svd
@@ -34,12 +34,16 @@ from compress.samples import draw
 
 SIZES = (1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0, 8.0)  # bits per weight
 DRAWN = (1.25, *SIZES[:3], 2.25, 2.5, 2.75, *SIZES[4:])  # in the chart
-PEERS: list[dict[str, Any]] = [
+INT4: list[dict[str, Any]] = [
     {"bits": 2, "symmetric": False, "group_size": 64},
     {"bits": 3},
     {"bits": 4},
     {"bits": 8},
 ]
+PEERS = [("int4", {**options, "method": method}) for options in INT4 for method in ("awq+gptq", "rtn")]
+# A codebook for each row is most of what a small matrix takes at many bits; one for 16 rows is not.
+PEERS += [("kmeans", {"bits": bits}) for bits in range(1, 6)]
+PEERS += [("kmeans", {"bits": bits, "granularity": "group"}) for bits in range(4, 9)]
 
 
 class Paper:
@@ -194,19 +198,21 @@ def block_bytes(weight: Tensor) -> list[float]:
 
 
 def peers(bench: Bench, model: Any, fixed: int) -> list[str]:
-    lines = ["| `int4` | bits per weight | KL | `bitstack` in as many bytes |\n|---|--:|--:|--:|\n"]
-    for options in PEERS:
-        for method in ("awq+gptq", "rtn"):
-            out = bench.folder / "peer"
-            extra = {"calibration": bench.calibration} if method != "rtn" else {}
-            how = {**options, "method": method}
-            report = compress.quantize(bench.path, out, "int4", scoring=None, overwrite=True, **extra, **how)
-            assert report.bits_per_weight is not None
+    lines = ["| peer | bits per weight | KL | `bitstack` in as many bytes |\n|---|--:|--:|--:|\n"]
+    for scheme, options in PEERS:
+        out = bench.folder / "peer"
+        extra = {"calibration": bench.calibration} if options.get("method") != "rtn" else {}
+        report = compress.quantize(bench.path, out, scheme, scoring=None, overwrite=True, **extra, **options)
+        assert report.bits_per_weight is not None
+        name = " ".join([f"`{scheme}`", *(f"{key}={value}" for key, value in options.items())])
+        kl = bench.kl(compress.load(out))
+        try:
             model.resize(int(fixed + report.bits_per_weight * bench.count / 8))
-            name = " ".join(f"{key}={value}" for key, value in how.items())
-            kl = bench.kl(compress.load(out)), bench.kl(model)
-            lines.append(f"| {name} | {report.bits_per_weight:.3f} | {kl[0]:.5f} | {kl[1]:.5f} |\n")
-            print(lines[-1], end="", flush=True)
+            ours = f"{bench.kl(model):.5f}"
+        except ValueError:  # less than the first blocks take
+            ours = ""
+        lines.append(f"| {name} | {report.bits_per_weight:.3f} | {kl:.5f} | {ours} |\n")
+        print(lines[-1], end="", flush=True)
     return [*lines, "\n"]
 
 
@@ -241,7 +247,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--windows", type=int, default=24)
-    parser.add_argument("--peers", action="store_true", help="also int4 at 2, 3, 4 and 8 bits")
+    parser.add_argument("--peers", action="store_true", help="also int4 and kmeans at 1 to 8 bits")
     parser.add_argument("--svd", action="store_true", help="time the SVD")
     parser.add_argument("--chart", type=Path, help="draw size and KL into this SVG, and measure nothing else")
     parser.add_argument("-o", "--output", type=Path)
