@@ -8,7 +8,7 @@ share blocks, where that makes the calibrated error smaller and no layer's large
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -23,7 +23,7 @@ from compress.kernels import bfp as kernels
 from compress.kernels import cpu, decode
 from compress.kernels.cpu import Product
 from compress.kernels.prepared import Prepared
-from compress.microscaling import Element, compensate_on, search
+from compress.microscaling import Element, compensate_on, search, weighting
 from compress.scheme import Scheme, Spec, Tensors
 from compress.stats import Stats
 
@@ -103,12 +103,12 @@ class Bfp(Scheme):
 
     def _searched(self, weight: Tensor, exponents: Tensor, form: Format, stats: Stats | None) -> Tensor:
         """Each block's best of its exponent, one more and one less."""
-        missing = -weight.shape[1] % self.block_size
+        missing, weights = -weight.shape[1] % self.block_size, weighting(stats)
         if missing:
             weight = F.pad(weight, (0, missing))
-            stats = stats and replace(stats, absmean=F.pad(stats.absmean, (0, missing)))
+            weights = None if weights is None else F.pad(weights, (0, missing))
         steps = form.steps()[form.lowest : form.top + 1]
-        found = search(weight, exponents - form.lowest, steps, (0, 1, -1), len(steps) - 1, self._element, stats)
+        found = search(weight, exponents - form.lowest, steps, (0, 1, -1), len(steps) - 1, self._element, weights)
         return found + form.lowest
 
     def decode(self, tensors: Any) -> Tensor:

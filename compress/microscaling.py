@@ -119,13 +119,25 @@ def rounded(values: Tensor, element: Element) -> Tensor:
     return torch.copysign((magnitudes / steps).round() * steps, values)
 
 
-def search(
-    weight: Tensor, codes: Tensor, scales: Tensor, steps: Sequence[int], top: int, element: Element, stats: Stats | None
-) -> Tensor:
-    """Of the scales numbered codes + step, each block's with the least squared error; of equal ones the first. Where
-    the inputs were measured, errors are weighted with their mean size.
+def weighting(stats: Stats | None) -> Tensor | None:
+    """(in_features,): what the squared error of each column counts. Mean squares of the inputs, all raised by their
+    median: the small ones differ from text to text, the large ones do not."""
+    return None if stats is None else (stats.second_moment + stats.second_moment.median()).float()
 
-    weight: (out_features, in_features) bf16, fp16 or fp32, on the CPU. codes: (out_features, blocks) uint8, numbers in
+
+def search(
+    weight: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    steps: Sequence[int],
+    top: int,
+    element: Element,
+    weights: Tensor | None,
+) -> Tensor:
+    """Of the scales numbered codes + step, each block's with the least squared error; of equal ones the first.
+
+    weight: (out_features, in_features) bf16, fp16 or fp32, on the CPU. weights: (in_features,) float32, of the errors,
+    all alike by default. codes: (out_features, blocks) uint8, numbers in
     `scales`, which holds positive float32 in ascending order up to `top`. Returns numbers like `codes`.
     """
     rows, blocks = codes.shape
@@ -133,10 +145,8 @@ def search(
         return codes
     tiles = -(-blocks // LANES)
     lanes, size = -(-blocks // tiles), weight.shape[1] // blocks
-    # Mean squares are those of a few tokens, which other text does not have.
-    sizes = torch.ones(weight.shape[1]) if stats is None else stats.absmean.float()
     importance = np.zeros((tiles * lanes, size), np.float32)
-    importance[:blocks] = sizes.reshape(blocks, size).numpy()
+    importance[:blocks] = 1 if weights is None else weights.reshape(blocks, size).numpy()
     importance = np.ascontiguousarray(importance.reshape(tiles, lanes, size).transpose(0, 2, 1))
     source, shift = float_bits(weight)
     found = codes.numpy().copy()

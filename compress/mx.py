@@ -20,7 +20,7 @@ from compress.formats.float4 import E8M0
 from compress.kernels import cpu, decode, groups
 from compress.kernels.cpu import Product
 from compress.kernels.prepared import Prepared
-from compress.microscaling import E2M1, E4M3, Microscaling, search
+from compress.microscaling import E2M1, E4M3, Microscaling, search, weighting
 from compress.scheme import Spec, Tensors
 from compress.stats import Stats
 
@@ -53,7 +53,11 @@ class _Mx(Microscaling):
         top = math.frexp(torch.finfo(self.torch_dtype).max / self.element.largest)[1] - 1 + BIAS
         exponents = (float4.floor_exponent(maxima) - largest + BIAS).clamp(0, top)
         exponents = exponents.where(maxima > 0, BIAS).to(torch.uint8)
-        return search(weight, exponents, E8M0, (0, 1, -1), top, self.element, stats) if self.search else exponents
+        return (
+            search(weight, exponents, E8M0, (0, 1, -1), top, self.element, weighting(stats))
+            if self.search
+            else exponents
+        )
 
     def _interchange(self, bits: int, layout: str) -> dict[str, Any]:
         weights = {

@@ -21,7 +21,7 @@ from compress.formats.float8 import E4M3_MAX
 from compress.kernels import cpu, decode, groups
 from compress.kernels.cpu import Product
 from compress.kernels.prepared import Prepared
-from compress.microscaling import E2M1, Microscaling, search
+from compress.microscaling import E2M1, Microscaling, search, weighting
 from compress.scheme import Spec, Tensors
 from compress.stats import Stats
 
@@ -69,7 +69,7 @@ class Nvfp4(Microscaling):
         codes = float8.to_e4m3(maxima / E2M1_MAX * divisor, torch.tensor(1.0)).view(torch.uint8).clamp(1, top)
         codes[maxima == 0] = ONE
         if self.search:
-            codes = search(weight, codes, scales, STEPS, top, E2M1, stats)
+            codes = search(weight, codes, scales, STEPS, top, E2M1, weighting(stats))
         chosen = scales[codes.int()]
         return {
             "weight_packed": float4.pack(float4.to_e2m1(self._compensated(weight, chosen, stats), chosen)),

@@ -129,12 +129,15 @@ def test_the_search_finds_what_an_exhaustive_one_finds(bits: int, full_range: bo
     scheme = Bfp(bits, 16, full_range)
     weight = spread(2, 10, 91)
     importance = torch.rand(91, generator=torch.Generator().manual_seed(2)) ** 4 if weighted else torch.ones(91)
-    tensors = scheme.encode(weight, Stats(1, torch.ones(91), importance, importance) if weighted else None)
+    counts = importance + importance.median()
+    tensors = scheme.encode(weight, Stats(1, importance, torch.ones(91), importance) if weighted else None)
     rule = replace(scheme, search=False).encode(weight)["exponent"].tolist()
     moved = 0
     for row in range(10):
         for block in range(6):
-            part, given = (t[16 * block : 16 * block + 16].tolist() for t in (weight[row], importance))
+            part, given = (
+                t[16 * block : 16 * block + 16].tolist() for t in (weight[row], importance + importance.median())
+            )
             errors = {}
             for exponent in (rule[row][block] + step for step in (0, 1, -1)):
                 off = [float(rounded(value, exponent, scheme)) - value for value in part]
@@ -180,7 +183,7 @@ def test_gptq_brings_outputs_nearer_on_the_same_exponents() -> None:
         assert torch.equal(stored[0]["exponent"], stored[1]["exponent"])
         errors = [(x @ (weight - scheme.decode(tensors)).T).norm().item() for tensors in stored]
         assert errors[1] < 0.9 * errors[0]
-    independent = replace(stats, absmean=torch.ones(91), hessian=torch.eye(91))
+    independent = replace(stats, second_moment=torch.ones(91), hessian=torch.eye(91))
     found, nearest = Bfp().encode(weight, independent), Bfp().encode(weight)
     assert all(torch.equal(found[key], nearest[key]) for key in found)
 

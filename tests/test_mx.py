@@ -26,8 +26,8 @@ def plain(scheme: Scheme) -> Scheme:
     return dataclasses.replace(scheme, search=False)
 
 
-def stats(absmean: Tensor) -> Stats:
-    return Stats(1, torch.ones_like(absmean), absmean, absmean)
+def stats(second_moment: Tensor) -> Stats:
+    return Stats(1, second_moment, second_moment.sqrt(), second_moment.sqrt())
 
 
 def values(name: str) -> Tensor:
@@ -94,7 +94,7 @@ def test_the_search_finds_what_an_exhaustive_one_finds(name: str, weighted: bool
     for row in range(12):
         for block in range(5):
             part = slice(32 * block, 32 * block + 32)
-            exact, given = weight[row, part].double(), importance[part].double()
+            exact, given = weight[row, part].double(), (importance + importance.median())[part].double()
             first = int(rule[row, block])
             errors = {
                 e: ((rounded(name, exact, e - 127) - exact).square() * given).sum().item()
