@@ -9,13 +9,14 @@ Only codebooks rounded to what is stored are ever used.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.gptq import BLOCK, compensate
+from compress.formats import fitting
+from compress.gptq import BLOCK, ordered
 
 DAMPING = 0.1  # as in GPTQ
 RIDGE = 1e-4  # of the mean diagonal, towards the codebook as it was: a level that nothing uses stays where it is
@@ -27,8 +28,8 @@ class Fit:
     """Codes of a weight and what they stand for; all on the Hessian's device.
 
     weight: (out_features, in_features) float32. hessian: (in_features, in_features) float32, mean of x x^T. levels:
-    (blocks, out_features, K) float32, ascending: what a code stands for, by blocks of `block` columns. kept:
-    (out_features, in_features) bool, values that are stored beside the codes.
+    (blocks, out_features, K) float32, ascending, K a power of two: what a code stands for, by blocks of `block` columns.
+    kept: (out_features, in_features) bool, values that are stored beside the codes.
     """
 
     weight: Tensor
@@ -36,17 +37,19 @@ class Fit:
     levels: Tensor
     block: int
     kept: Tensor | None = None
+    pulled: Tensor | None = field(default=None, init=False)  # weight @ damped, where refits share it
 
     def compensate(self) -> None:
         """Chooses codes with GPTQ's error feedback. Raises NotPositiveDefinite where the Hessian is none."""
-        self.codes = torch.empty(self.weight.T.shape, dtype=torch.uint8, device=self.weight.device)  # columns as rows
-        self.stored = torch.empty_like(self.weight.T)
-
-        def nearest(column: Tensor, number: int) -> Tensor:
-            self._choose(column, number)
-            return self.stored[number]
-
-        compensate(self.weight, self.hessian, nearest, DAMPING)
+        self.codes = torch.empty(self.weight.shape, dtype=torch.uint8, device=self.weight.device)
+        self.stored = torch.empty_like(self.weight)
+        order, factor = ordered(self.hessian, DAMPING)
+        factor /= factor.diagonal()[:, None].clone()
+        rest = self.weight[:, order]
+        for first, last in _blocks(len(order)):
+            wanted = rest[:, first:last].contiguous()
+            changes = self._choose(wanted, wanted, factor[first:last, first:last], order[first:last])
+            rest[:, last:].addmm_(changes, factor[first:last, last:])
         diagonal = self.hessian.diagonal()
         mean = diagonal[diagonal > 0].mean() if (diagonal > 0).any() else diagonal.new_ones(())
         # As there, an input that was always zero counts like the others.
@@ -54,14 +57,14 @@ class Fit:
 
     def descend(self) -> None:
         """Moves every column once to what is best beside the others."""
-        steps = self.damped.diagonal().tolist()
-        for first in range(0, len(self.stored), BLOCK):
-            part = slice(first, min(first + BLOCK, len(self.stored)))
-            pulls = self.damped[part] @ (self.stored - self.weight.T)  # half the gradient
-            for i in range(first, part.stop):
-                old = self.stored[i].clone()
-                self._choose(old - pulls[i - first] / steps[i], i)
-                pulls.addr_(self.damped[part, i], self.stored[i] - old)
+        steps, columns = self.damped.diagonal(), torch.arange(len(self.damped), device=self.damped.device)
+        off = self.stored - self.weight
+        for first, last in _blocks(len(columns)):
+            part = slice(first, last)
+            base = self.stored[:, part].clone(memory_format=torch.contiguous_format)
+            wanted = base - off @ self.damped[part].T / steps[part]  # by half the gradient
+            changes = self._choose(wanted, base, -self.damped[part, part] / steps[part], columns[part])
+            off[:, part] += changes
 
     def refit(self, rows: int, weights: Tensor, rounded: Callable[[Tensor], Tensor]) -> None:
         """Solves for codebooks that `rows` neighbouring rows share, where that lessens their error.
@@ -81,36 +84,62 @@ class Fit:
         better = _form(matrix, vector, moved.double()) < _form(matrix, vector, old.double())
         new = new.where(better[:, None], old)
         ranks = order.argsort(dim=1).where(better[:, None], torch.arange(order.shape[1], device=order.device))
-        spread = _spread(ranks, rows, len(self.weight))
+        spread = _spread(ranks, rows, len(self.weight)).to(torch.uint8)
         self.levels = _spread(new, rows, len(self.weight))[None]
-        self.codes = spread.gather(1, self.codes.T.long()).T.to(torch.uint8).contiguous()
-        found = self.levels[0].gather(1, self.codes.T.long()).T
-        self.stored = found if self.kept is None else torch.where(self.kept.T, self.stored, found)
+        for part in torch.arange(len(self.weight), device=spread.device).split(ROWS):
+            self.codes[part] = spread[part].gather(1, self.codes[part].long())
+            found = self.levels[0, part].gather(1, self.codes[part].long())
+            self.stored[part] = found if self.kept is None else torch.where(self.kept[part], self.stored[part], found)
 
-    def _choose(self, column: Tensor, number: int) -> None:
-        """The nearest levels to a column, of two as near the lower one, as its codes and stored values."""
-        levels = self.levels[number // self.block]
-        codes = (column[:, None] > (levels[:, 1:] + levels[:, :-1]) / 2).sum(1)
-        chosen = levels.gather(1, codes[:, None])[:, 0]
-        if self.kept is not None:
-            chosen = torch.where(self.kept[:, number], column, chosen)
-        self.codes[number], self.stored[number] = codes, chosen
+    def _choose(self, wanted: Tensor, base: Tensor, reach: Tensor, columns: Tensor) -> Tensor:
+        """The nearest levels to a block of columns, of two as near the lower one, as their codes and stored values.
+
+        Each is chosen when those before have moved it (`fitting.choose`). Returns the changes, stored less base.
+        """
+        found = (self.codes, self.stored) if self.kept is None else (self.codes, self.stored, self.kept)
+        if not wanted.is_cuda:
+            blocks = torch.arange(len(self.hessian)) // self.block
+            fitting.choose(wanted, base, reach, (self.levels, blocks), columns, found)
+            return wanted
+        for i, column in enumerate(columns.tolist()):
+            levels, value = self.levels[column // self.block], wanted[:, i]
+            codes = (value[:, None] > (levels[:, 1:] + levels[:, :-1]) / 2).sum(1)
+            chosen = levels.gather(1, codes[:, None])[:, 0]
+            if self.kept is not None:
+                chosen = torch.where(self.kept[:, column], value, chosen)
+            self.codes[:, column], self.stored[:, column] = codes.to(torch.uint8), chosen
+            change = chosen - base[:, i]
+            wanted[:, i] = change
+            wanted[:, i + 1 :].addr_(change, reach[i, i + 1 :])
+        return wanted
 
     def _normal_equations(self, rows: int, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Of the codebooks: (n, K, K) and (n, K) float64, sums over the rows that share one."""
-        clusters = self.levels.shape[2]
-        matrices, vectors = [], []
-        for part in torch.arange(len(self.weight)).split(ROWS):
-            used = F.one_hot(self.codes.T[part].long(), clusters).float()  # (rows, in_features, K)
-            rest = self.weight[part]
-            if self.kept is not None:
-                used *= ~self.kept[part][..., None]
-                rest = rest - self.stored.T[part] * self.kept[part]
-            pulled = torch.einsum("ij,rjk->rik", self.damped, used)
-            weight = weights[part, None].double()
-            matrices.append(weight[..., None] * torch.einsum("rik,ril->rkl", used, pulled).double())
-            vectors.append(weight * torch.einsum("rik,ri->rk", pulled, rest).double())
-        return _summed(torch.cat(matrices), rows), _summed(torch.cat(vectors), rows)
+        clusters, codes, rest = self.levels.shape[2], self.codes, self.weight
+        if self.kept is not None:
+            codes, rest = codes.masked_fill(self.kept, clusters), rest - self.stored * self.kept
+        if self.kept is not None or self.pulled is None:
+            self.pulled = rest @ self.damped
+        sums = pairs if codes.is_cuda else fitting.pairs
+        matrices, vectors = sums(codes, self.pulled, self.damped, clusters + 1)
+        weights = weights[:, None].double()
+        matrices, vectors = weights[..., None] * matrices[:, :-1, :-1], weights * vectors[:, :-1]
+        return _summed(matrices, rows), _summed(vectors, rows)
+
+
+def _blocks(count: int) -> list[tuple[int, int]]:
+    return [(first, min(first + BLOCK, count)) for first in range(0, count, BLOCK)]
+
+
+def pairs(codes: Tensor, pulled: Tensor, hessian: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
+    """`fitting.pairs` in plain torch."""
+    matrices, vectors = [], []
+    for part, row in zip(codes.split(ROWS), pulled.split(ROWS), strict=True):
+        used = F.one_hot(part.long(), clusters).float()  # (rows, in_features, K)
+        sums = torch.einsum("ij,rjk->rik", hessian, used)
+        matrices.append(torch.einsum("rik,ril->rkl", used, sums).double())
+        vectors.append(torch.einsum("ri,rik->rk", row, used).double())
+    return torch.cat(matrices), torch.cat(vectors)
 
 
 def _form(matrix: Tensor, vector: Tensor, values: Tensor) -> Tensor:

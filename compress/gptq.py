@@ -30,12 +30,7 @@ def compensate(weight: Tensor, hessian: Tensor, nearest: Nearest, damping: float
     NotPositiveDefinite where that does not help. Returns (out_features, in_features) float32, every column of it
     something that `nearest` returned.
     """
-    hessian = hessian.clone()
-    diagonal = hessian.diagonal()
-    live = diagonal > 0  # inputs that were always zero: such a column is rounded, and concerns no other
-    diagonal[diagonal == 0] = diagonal[live].mean() if live.any() else 1
-    order = torch.argsort(diagonal, descending=True, stable=True)
-    factor = _inverse_factor(hessian[order][:, order], damping)
+    order, factor = ordered(hessian, damping)
     columns, steps = order.tolist(), factor.diagonal().tolist()
     rest = weight.T[order]  # a column lies side by side
     stored = torch.empty_like(rest)
@@ -48,6 +43,17 @@ def compensate(weight: Tensor, hessian: Tensor, nearest: Nearest, damping: float
             rest[i + 1 : last].addr_(factor[i, i + 1 : last], error, alpha=-1)
         rest[last:].addmm_(factor[first:last, last:].T, errors, alpha=-1)
     return stored.T.contiguous()
+
+
+def ordered(hessian: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
+    """The columns from the most important one on, (in_features,) int64, and the factor of the inverse in that order:
+    (in_features, in_features), upper triangular. Arguments and errors as in `compensate`."""
+    hessian = hessian.clone()
+    diagonal = hessian.diagonal()
+    live = diagonal > 0  # inputs that were always zero: such a column is rounded, and concerns no other
+    diagonal[diagonal == 0] = diagonal[live].mean() if live.any() else 1
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    return order, _inverse_factor(hessian[order][:, order], damping)
 
 
 def damped(hessian: Tensor, damping: float = DAMPING) -> Tensor:

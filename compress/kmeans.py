@@ -128,7 +128,7 @@ class Kmeans(Clustered):
 
         device, together = hessian.device, self.rows_together(weight.shape)
         target = weight / scale.to(device)
-        levels = (levels / scale[:, None]).transpose(0, 1).to(device)
+        levels = (levels / scale[:, None]).transpose(0, 1).contiguous().to(device)
         fit = Fit(target, hessian, levels, columns, None if kept is None else kept.to(device))
         fit.compensate()
         refits = self.codebook == "learned" and self.bits <= REFITTED_BITS
@@ -139,4 +139,4 @@ class Kmeans(Clustered):
                 fit.refit(together, (scale[:, 0] / scale.amax()).square().to(device), rounded)
         if refits:
             tensors |= codebooks.store(fit.levels[0][::together].cpu(), dtype, self.entries == "int8")
-        return fit.codes.T.contiguous().cpu(), fit.stored.T.cpu() * scale
+        return fit.codes.cpu(), fit.stored.cpu() * scale

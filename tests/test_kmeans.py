@@ -112,7 +112,7 @@ def made(options: dict[str, Any]) -> Kmeans:
 
 
 def loss(fit: Fit) -> Tensor:
-    difference = fit.stored.T - fit.weight
+    difference = fit.stored - fit.weight
     return ((difference @ fit.damped) * difference).sum(1)
 
 
@@ -128,7 +128,7 @@ def test_no_step_after_the_first_makes_the_error_larger(rows: int) -> None:
         errors.append(loss(fit))
         fit.descend()
         errors.append(loss(fit))
-        assert torch.equal(fit.stored.T, fit.levels[0].gather(1, fit.codes.T.long()))
+        assert torch.equal(fit.stored, fit.levels[0].gather(1, fit.codes.long()))
         assert (fit.levels[0].diff(dim=1) >= 0).all()
     for before, after in zip(errors, errors[1:], strict=False):
         grouped = [error.view(-1, rows).sum(1) for error in (before, after)]
@@ -142,7 +142,7 @@ def test_a_refit_solves_the_normal_equations() -> None:
     fit.compensate()
     fit.refit(1, torch.ones(2), torch.clone)
     for row in range(2):
-        used = torch.nn.functional.one_hot(fit.codes[:, row].long(), 4).double()
+        used = torch.nn.functional.one_hot(fit.codes[row].long(), 4).double()
         metric = fit.damped.double()
         exact = torch.linalg.solve(used.T @ metric @ used, used.T @ metric @ weight[row].double())
         assert torch.allclose(fit.levels[0, row].double(), exact, atol=2e-3)
@@ -159,7 +159,7 @@ def test_moving_columns_ends_where_no_single_code_is_better() -> None:
         for code in range(4):
             moved = Fit(weight, fit.hessian, fit.levels, 12)
             moved.damped, moved.stored = fit.damped, fit.stored.clone()
-            moved.stored[column] = fit.levels[0][:, code]
+            moved.stored[:, column] = fit.levels[0][:, code]
             assert (loss(moved) >= best * (1 - 1e-5)).all()
 
 
