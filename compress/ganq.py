@@ -28,8 +28,8 @@ class Fit:
     """Codes of a weight and what they stand for; all on the Hessian's device.
 
     weight: (out_features, in_features) float32. hessian: (in_features, in_features) float32, mean of x x^T. levels:
-    (blocks, out_features, K) float32, ascending, K a power of two: what a code stands for, by blocks of `block` columns.
-    kept: (out_features, in_features) bool, values that are stored beside the codes.
+    (blocks, out_features, K) float32, ascending, K a power of two: what a code stands for, by blocks of `block`
+    columns. kept: (out_features, in_features) bool, values that are stored beside the codes.
     """
 
     weight: Tensor

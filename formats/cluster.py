@@ -9,7 +9,7 @@ from torch import Tensor
 from compress.formats.compiled import empty, float_bits, in_threads, jit
 from compress.formats.distinct import distinct, room
 from compress.formats.intervals import GAUSSIAN, cut, mean
-from compress.formats.nesting import nest
+from compress.formats.nesting import nest, shelf
 
 MOST = 256  # clusters
 _TOGETHER = 16  # rows whose prices start from one another's; a fixed number, so that threads do not matter
@@ -111,10 +111,12 @@ def _nested_rows(start, stop, source, shift, importance, bits, levels, bounds): 
     """As `_optimal_rows`. levels: of all widths, side by side."""
     rows, columns = source.shape
     items, sums, work, places, cuts = room(columns)
-    cells = np.empty((1 << bits) + 1, np.int64)
+    cells, weights, shelves = np.empty((1 << bits) + 1, np.int64), np.zeros(bits + 1), shelf(bits)
     for row in range(start * _TOGETHER, min(stop * _TOGETHER, rows)):
+        if row % _TOGETHER == 0:
+            weights[2:] = 1 / (bits - 1)
         count = distinct(source[row], shift, importance[min(row, importance.shape[0] - 1)], items, sums)
-        nest(sums[:, : count + 1], bits, work, places, cuts, cells)
+        nest(sums[:, : count + 1], bits, (work, places, cuts), weights, shelves, cells)
         for width in range(2, bits + 1):
             step = 1 << (bits - width)
             for k in range(1 << width):

@@ -18,12 +18,12 @@ def choose(
     columns: Tensor,
     found: tuple[Tensor, ...],
 ) -> None:
-    """The nearest levels to a block of columns, each of which moves the later ones: wanted[:, j] += change * reach[i, j].
+    """The nearest levels to a block of columns, each of which moves later ones: wanted[:, j] += change * reach[i, j].
 
     wanted: (rows, n) float32, overwritten by the changes, what is stored less base. base: the same shape, or `wanted`
-    itself. reach: (n, n) float32. tables: levels (blocks, rows, K) float32, K a power of two, and for all columns of the
-    weight which block is theirs, int64. columns: (n,) int64, their numbers in the weight. found: codes uint8 and what is
-    stored float32, (rows, in_features), both to be filled, and perhaps a bool of which values are stored as wanted.
+    itself. reach: (n, n) float32. tables: levels (blocks, rows, K) float32, K a power of two, and for all columns of
+    the weight which block is theirs, int64. columns: (n,) int64, their numbers in the weight. found: codes uint8 and
+    what is stored float32, (rows, in_features), both to be filled, and perhaps a bool of what is stored as wanted.
     """
     levels, blocks = tables
     codes, stored, *kept = found

@@ -1,5 +1,7 @@
 """1-D k-means against a dynamic program over all cuts, and scikit-learn's."""
 
+import itertools
+
 import numba
 import numpy as np
 import pytest
@@ -197,3 +199,42 @@ def test_nested_codebooks_of_awkward_rows_are_ascending_and_nearest(kind: str) -
         if width == 5 and distinct <= 5:
             assert torch.equal(found, row.float())
         assert (found - row.float()).square().sum() <= (row.float() - row.float().mean()).square().sum() + 1e-6
+
+
+def nested_errors(values: Tensor, bits: int) -> list[float]:
+    """Of each width, beside that of the codebook of its own."""
+    codes, codebooks = cluster.nested(values[None], bits)
+    ratios = []
+    for width, book in enumerate(codebooks, 2):
+        found = book[0].double()[(codes[0] >> (bits - width)).long()]
+        own = error(values, cluster.codebooks(values[None], 1 << width)[0])
+        ratios.append(float((values.double() - found).square().sum()) / own)
+    return ratios
+
+
+def test_the_worst_width_of_a_nested_codebook_is_nearly_as_good_as_in_any_tree() -> None:
+    for seed in range(20):
+        values = torch.randn(13, generator=torch.Generator().manual_seed(seed)).sort().values
+        own = [error(values, cluster.codebooks(values[None], clusters)[0]) for clusters in (4, 8)]
+
+        def left(cuts: tuple[int, ...], values: Tensor = values) -> float:
+            parts = [values[i:j].double() for i, j in itertools.pairwise((0, *cuts, 13))]
+            return float(sum((part - part.mean()).square().sum() for part in parts))
+
+        trees = itertools.combinations(range(1, 13), 7)
+        best = min(max(left(cuts[1::2]) / own[0], left(cuts) / own[1]) for cuts in trees)
+        assert max(nested_errors(values, 3)) <= 1.1 * best
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_nested_codebooks_of_heavy_tails_are_within_five_percent(bits: int) -> None:
+    values = torch.from_numpy(np.random.default_rng(0).standard_t(5, 1 << 16)).bfloat16()
+    assert max(nested_errors(values, bits)) < 1.05
+
+
+@pytest.mark.parametrize("values", [[0.0] * 9, [1.0, 1.0, 2.0, 3.0], [1e-30, -1e-30, 3e30] * 5, [7.0]])
+def test_nested_codebooks_of_few_values_keep_what_they_can(values: list[float]) -> None:
+    weight = torch.tensor([values])
+    codes, codebooks = cluster.nested(weight, 4)
+    assert torch.allclose(codebooks[-1].gather(1, codes.long()), weight)
+    assert all(book.isfinite().all() and (book.diff(dim=1) >= 0).all() for book in codebooks)
