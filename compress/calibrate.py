@@ -315,6 +315,7 @@ class _Block:
                 note = note or "weighted by its inputs: no gradient of the loss was measured"
             else:
                 stats = replace(stats, fisher=fisher.changed(squares, folding.outputs(module)))
+        started = time.monotonic()
         try:
             tensors = packed.scheme.encode(weight, stats)
         except NotPositiveDefinite as error:
@@ -323,6 +324,7 @@ class _Block:
             tensors = packed.scheme.encode(weight, stats)
         except ValueError as error:
             raise ValueError(f"{module}: {error}") from None
+        seconds = time.monotonic() - started
         decoded = packed.scheme.decode(tensors)
         error_of_output = output_error(weight, decoded, stats) if stats is not None and stats.tokens else None
         changes = folding.inputs(module), folding.outputs(module)
@@ -330,7 +332,7 @@ class _Block:
         if stats is None and packed.scheme.needs_calibration:
             note = "rounded to nearest: nothing was measured at its input"
         self._made[module] = tensors | changes_stored(*changes)
-        self._lines[module] = {"output_error": error_of_output, "note": note, **stacked}
+        self._lines[module] = {"output_error": error_of_output, "note": note, "seconds": seconds, **stacked}
         if packed.scheme.refines and stats is not None:
             self._refined[module] = weight, stats
         return decoded

@@ -43,6 +43,7 @@ class TensorReport:
     relative_error: float | None = None  # |W - W'| / |W|, Frobenius
     output_error: float | None = None  # |X (W - W')| / |X W| on the calibration text
     note: str | None = None
+    seconds: float | None = None  # that its encoding took, calibration apart
 
     @classmethod
     def measured(cls, name: str, spec: Spec, note: str | None = None) -> TensorReport:
@@ -77,6 +78,7 @@ class Fitted:
     note: str | None
     errors: Sequence[tuple[float, float | None]] | None = None  # relative and output error with 1, 2, ... blocks
     importance: float | None = None  # of its output error squared, beside that of other modules (`stack.py`)
+    seconds: float | None = None  # that its encoding took
 
     def tensors(self, name: str, keep: Callable[[str], bool] = lambda local: True) -> Tensors:
         """Of a module, by local name; of a tensor that is no weight of a linear, itself, under an empty name."""
@@ -234,8 +236,9 @@ def _write_module(writer: ShardWriter, source: Source, plan: Plan, module: str, 
         assert fitted is not None
         return _write_first_block(writer, plan, module, weight, fitted)
     check_finite(weight, module, packed)
+    started, shape = time.monotonic(), tuple(weight.shape)
     tensors = scheme.encode(weight) if fitted is None else fitted.tensors(module)
-    shape = tuple(weight.shape)
+    seconds = time.monotonic() - started if fitted is None else fitted.seconds
     _add(writer, plan, module, Spec(weight.dtype, shape), tensors)
     size = sum(tensor.nbytes for tensor in tensors.values())
     decoded = scheme.decode(tensors)
@@ -244,7 +247,9 @@ def _write_module(writer: ShardWriter, source: Source, plan: Plan, module: str, 
     error = _error(module, scheme, weight, decoded)
     unseen = "rounded to nearest: the calibration text does not reach it" if scheme.needs_calibration else None
     found = (None, unseen) if fitted is None else (fitted.output_error, fitted.note)
-    return TensorReport(module, shape, scheme.name, size, weight.nbytes, _bits(size, weight.numel()), error, *found)
+    return TensorReport(
+        module, shape, scheme.name, size, weight.nbytes, _bits(size, weight.numel()), error, *found, seconds
+    )
 
 
 def _write_first_block(writer: ShardWriter, plan: Plan, module: str, weight: Tensor, fitted: Fitted) -> TensorReport:
@@ -261,7 +266,8 @@ def _write_first_block(writer: ShardWriter, plan: Plan, module: str, weight: Ten
     assert fitted.errors is not None
     error, output_error = fitted.errors[-1]
     bits = _bits(size, weight.numel())
-    return TensorReport(module, shape, scheme.name, size, weight.nbytes, bits, error, output_error, fitted.note)
+    found = (error, output_error, fitted.note, fitted.seconds)
+    return TensorReport(module, shape, scheme.name, size, weight.nbytes, bits, *found)
 
 
 def _add_block(writer: ShardWriter, source: Source, plan: Plan, unit: Unit, fitted: Fitted) -> None:

@@ -57,7 +57,8 @@ def forecast(plan: Forecast) -> Table:
 def run(report: Report) -> Table:
     """The result of `quantize`."""
     table = totals(report.to_dict())
-    table.add_row("seconds", f"{report.seconds:.1f}")
+    encoding = sum(line["seconds"] or 0.0 for line in report.tensors)
+    table.add_row("seconds", f"{report.seconds:.1f}, {encoding:.1f} of them encoding")
     table.add_row("peak memory", show(report.peak_rss_bytes))
     what, worst = worst_layers(report)
     for row, (name, loss) in enumerate(worst):

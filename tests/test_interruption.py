@@ -80,6 +80,8 @@ def contents(directory: Path) -> dict[str, Any]:
 def _unmeasured(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _unmeasured(item) for key, item in value.items() if key not in MEASURED}
+    if isinstance(value, list):
+        return [_unmeasured(item) for item in value]
     return value
 
 

@@ -32,6 +32,7 @@ def out(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_report_json_has_the_promised_keys(out: Path) -> None:
     document = manifest.unseal(out / "report.json")
     assert set(KEYS) <= document.keys() and set(SCORES) <= document["evaluation"].keys()
+    assert 0 < sum(line["seconds"] or 0 for line in document["tensors"]) < document["seconds"]
     assert document["tensors"][0].keys() >= {"name", "shape", "scheme", "bytes", "original_bytes", "relative_error"}
     assert document["options"]["group_size"] == 32 and document["seconds"] > 0
 
