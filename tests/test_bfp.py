@@ -135,9 +135,7 @@ def test_the_search_finds_what_an_exhaustive_one_finds(bits: int, full_range: bo
     moved = 0
     for row in range(10):
         for block in range(6):
-            part, given = (
-                t[16 * block : 16 * block + 16].tolist() for t in (weight[row], counts)
-            )
+            part, given = (t[16 * block : 16 * block + 16].tolist() for t in (weight[row], counts))
             errors = {}
             for exponent in (rule[row][block] + step for step in (0, 1, -1)):
                 off = [float(rounded(value, exponent, scheme)) - value for value in part]
