@@ -134,7 +134,8 @@ class Bfp(Scheme):
             return super().rows(tensors, index)
         flat = index.flatten()
         chosen = {name: tensors[name][flat] for name in ("mantissa", "exponent")}
-        return self.decode({**chosen, "like": tensors["like"]}).view(*index.shape, -1)
+        found = self.decode({**chosen, "like": tensors["like"]})
+        return found.view(*index.shape, found.shape[1])
 
     @property
     def _element(self) -> Element:

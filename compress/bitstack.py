@@ -130,7 +130,8 @@ class Bitstack(Scheme):
 
     def rows(self, tensors: Any, index: Tensor) -> Tensor:
         stack = self._packed(tensors).weight
-        return kernels.decode(stack.rows(index.flatten())).view(*index.shape, -1)
+        found = kernels.decode(stack.rows(index.flatten()))
+        return found.view(*index.shape, found.shape[1])
 
     def linear(self, x: Tensor, tensors: Any, bias: Tensor | None = None) -> Tensor:
         return self._packed(tensors).linear(x, bias)

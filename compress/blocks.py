@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compress import sums
 from compress.change import Change
-from compress.fold import KINDS, Fold, Kind, find, is_norm
+from compress.fold import KINDS, Fold, Kind, check, find, is_norm
 from compress.formats.files import replacing
 from compress.hollow import OUTSIDE, Hollow
 from compress.kv_scales import Largest, watch
@@ -211,6 +211,10 @@ class Blocks:
         config = self.model.config.get_text_config()
         head_dim = getattr(config, "head_dim", None) or _quotient(config, "hidden_size", "num_attention_heads")
         return find(self.model, block, head_dim, kinds, lambda: self.output(block))
+
+    def check(self, block: str, fold: Fold, change: Change) -> None:
+        """Raises ValueError where the open block computes something else with this change."""
+        check(self.model, fold, change, lambda: self.output(block))
 
     def output(self, block: str) -> Tensor:
         """What an open block, as it is now, makes of the first batch: float32."""

@@ -284,6 +284,7 @@ class _Block:
         if chosen is None:
             return
         change, gain = chosen
+        self._blocks.check(self._block, fold, change)
         if norm is not None:
             assert change.scale is not None
             stored, scale = folded_norm(self._source.read(norm), change.scale, fold.offset)

@@ -81,7 +81,11 @@ def find(
             tried.append(replace(fold, offset=1.0))
         elif fold.attending:
             tried.append(replace(fold, attending=()))
-        fits = (candidate for candidate in tried if _difference(model, candidate, run, expected) < TOLERANCE)
+        fits = (
+            candidate
+            for candidate in tried
+            if _difference(model, candidate, _random(candidate), run, expected) < TOLERANCE
+        )
         found += list(islice(fits, 1))
     return sorted(found, key=lambda fold: KINDS.index(fold.kind))
 
@@ -97,10 +101,15 @@ def _random(fold: Fold) -> Change:
         return Change(scale=torch.exp2(torch.rand(fold.width, generator=generator) * 2 - 1))
     if fold.kind == "rotation":
         return rotation(fold)
-    count = fold.width // fold.run
-    inside = torch.stack([torch.randperm(fold.run, generator=generator) for _ in range(count)])
-    heads = torch.randperm(count, generator=generator) if fold.attending else torch.arange(count)
+    inside = torch.stack([_moved(fold.run, generator) for _ in range(fold.width // fold.run)])
+    heads = torch.arange(len(inside)).roll(1 if fold.attending else 0)  # every head changes its place
     return Change(order=(inside + fold.run * heads[:, None]).flatten())
+
+
+def _moved(count: int, generator: torch.Generator) -> Tensor:
+    """A random order of `count` things that is not the one they are in."""
+    order = torch.randperm(count, generator=generator)
+    return order.roll(1) if torch.equal(order, torch.arange(count)) else order
 
 
 def rotation(fold: Fold) -> Change:
@@ -108,9 +117,22 @@ def rotation(fold: Fold) -> Change:
     return Change(rotation=torch.tensor([fold.run & -fold.run]))
 
 
-def _difference(model: nn.Module, fold: Fold, run: Callable[[], Tensor], expected: Tensor) -> float:
+def check(model: nn.Module, fold: Fold, change: Change, run: Callable[[], Tensor]) -> None:
+    """Raises ValueError where a block, run in float32, computes something else with this change. run: as of `find`."""
+    expected = run()
+    with _applied(model, fold, change):
+        if torch.equal(run(), expected):
+            return
+    difference = _difference(model, fold, change, run, expected)
+    if not difference < TOLERANCE:
+        raise ValueError(
+            f"{', '.join(fold.readers)}: with the {fold.kind} of its channels changed, the block computes something "
+            f"else (by {difference:.2g} of what half the change does); leave such changes out, and report this model"
+        )
+
+
+def _difference(model: nn.Module, fold: Fold, change: Change, run: Callable[[], Tensor], expected: Tensor) -> float:
     """What a fold changes of a block's output, as a part of what changing the producers alone does."""
-    change = _random(fold)
     with _applied(model, fold, change):
         both = float((run() - expected).norm())
     with _applied(model, replace(fold, readers=(), attending=()), change):

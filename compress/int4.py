@@ -131,12 +131,13 @@ class Int4(Scheme):
     def rows(self, tensors: Any, index: Tensor) -> Tensor:
         flat = index.flatten()
         if isinstance(tensors, Packed):
-            return groups.decode(tensors.weight.chosen(flat)).view(*index.shape, -1)
+            found = groups.decode(tensors.weight.chosen(flat))
+            return found.view(*index.shape, found.shape[1])
         if "weight_packed" not in tensors:
             return super().rows(tensors, index)
         zeros, stored = self._zeros(tensors), (tensors["weight_packed"][flat], tensors["weight_scale"][flat])
         found = decode.groups(*stored, None if zeros is None else zeros[flat], self.bits, self.group_size)
-        return found.view(*index.shape, -1)
+        return found.view(*index.shape, found.shape[1])
 
     def prepare(self, tensors: Tensors) -> Any:
         packed, scales = tensors["weight_packed"], tensors["weight_scale"]

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from compress import fisher, kv_scales, stream
 from compress.blocks import Beside, Blocks
+from compress.change import Change
 from compress.fold import KINDS, Fold, Kind, is_norm
 from compress.formats.files import sync_directory
 from compress.formats.shard import ShardWriter
@@ -39,7 +40,7 @@ from compress.stats import Stats
 from compress.structure import Structure
 from compress.walk import Noted, tensors_of, walk
 
-VERSION = 1
+VERSION = 2
 ABOUT = "compress.statistics"  # the key of the metadata that has all but the tensors
 STAGE = "measuring"
 ANOTHER = "it stays as it is, so name another, or remove it"
@@ -76,7 +77,7 @@ class Statistics:
         self._model: dict[str, str] = dict(about["model"])
         self.calibration: dict[str, Any] = dict(about["calibration"])
         self.parts = frozenset(about["parts"])
-        self.follows = bool(about.get("stream"))
+        self.follows = bool(about["stream"])
         self._order, self._sides = torch.empty(0, dtype=torch.int64), dict[str, int]()
         self.blocks: dict[str, Noted] = dict(about["blocks"])
         for noted in self.blocks.values():
@@ -104,13 +105,13 @@ class Statistics:
         leader = self._modules.get(module)
         if leader is None:
             return None
-        found = self._read(leader, frozenset(parts) & self.parts, device)
-        return found.ordered(self._order) if self._sides.get(module) == 1 else found
+        return self._read(leader, frozenset(parts) & self.parts, device, self._sides.get(module) == 1)
 
     def reordered(self, order: Sequence[int], sides: Mapping[str, int]) -> Statistics:
         """Of the model with the channels of its residual stream in this order. sides: those of `stream.sides`."""
         other = copy.copy(self)
         other._order, other._sides = torch.tensor(order), dict(sides)
+        other._read = lru_cache(2)(other._read_stats)
         return other
 
     def folds(self, block: str, kinds: Collection[Kind] = KINDS) -> list[Fold]:
@@ -131,7 +132,7 @@ class Statistics:
         side = self._sides.get(module)
         return squares if squares is None or side is None else squares.index_select(side, self._order)
 
-    def _read_stats(self, leader: str, parts: frozenset[str], device: str) -> Stats:
+    def _read_stats(self, leader: str, parts: frozenset[str], device: str, ordered: bool) -> Stats:
         with safe_open(self.path, "pt") as file:
             means = {part: file.get_tensor(f"{leader}|{part}") for part in MEANS}
             if not all(mean.isfinite().all() for mean in means.values()):
@@ -139,7 +140,8 @@ class Statistics:
             whole = unpack(file.get_tensor(f"{leader}|{HESSIAN}")).to(device) if HESSIAN in parts else None
             sampled = f"{leader}|{SAMPLE}" if SAMPLE in parts else ""
             sample = file.get_tensor(sampled) if sampled in file.keys() else None
-            return Stats(self._tokens[leader], hessian=whole, sample=sample, **means)
+        found = Stats(self._tokens[leader], hessian=whole, sample=sample, **means)
+        return found.ordered(self._order) if ordered else found
 
 
 class Recorded:
@@ -207,6 +209,7 @@ class Recorded:
         """Nothing runs."""
 
     def open(self, block: str) -> None: ...
+    def check(self, block: str, fold: Fold, change: Change) -> None: ...
     def put(self, parameter: str, tensor: Tensor) -> None: ...
     def set(self, module: str, weight: Tensor) -> None: ...
 

@@ -71,7 +71,12 @@ class _Job:
     device: str
     progress: Progress | None
 
-    def run_tasks(self, model: Callable[[], Any], remembered: tuple[Cache, dict[str, Any]] | None = None) -> Results:
+    def run_tasks(
+        self,
+        model: Callable[[], Any],
+        remembered: tuple[Cache, dict[str, Any]] | None = None,
+        left_out: list[str] | None = None,
+    ) -> Results:
         if not self.asked.tasks:
             return {}
         return harness.run(
@@ -83,6 +88,7 @@ class _Job:
             device=self.device,
             remembered=remembered,
             progress=self.progress,
+            left_out=left_out,
         )
 
 
@@ -244,9 +250,9 @@ def _score_streamed(path: Path, job: _Job, how: Running, notes: list[str]) -> tu
 def _streamed_tasks(
     path: Path, what: str, job: _Job, notes: list[str], remembered: tuple[Cache, dict[str, Any]] | None = None
 ) -> Results:
-    results = job.run_tasks(lambda: path, remembered)
-    left_out = ", ".join(task for task in job.asked.tasks if task not in results)
-    rest = f", and not on tasks that generate text: {left_out}" if left_out else ""
+    left_out: list[str] = []
+    results = job.run_tasks(lambda: path, remembered, left_out)
+    rest = f", and not on tasks that generate text: {', '.join(left_out)}" if left_out else ""
     notes.append(f"the {what} is too large for the memory: it was run block by block{rest}")
     return results
 

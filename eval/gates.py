@@ -40,6 +40,8 @@ class Gates:
         # NaN is the largest drop of all
         worst = max(drops, key=lambda name: (math.isnan(drops[name]), drops[name]), default=None)
         drop = None if worst is None else drops[worst]
+        if worst and math.isnan(drops[worst]):
+            worst = f"{worst}, on which the original was not scored,"
         lines = []
         if self.max_kl is not None:
             lines.append(_line("max_kl", self.max_kl, evaluation["kl_mean"], "KL divergence, mean (nats)"))
@@ -58,7 +60,7 @@ def missed(evaluation: dict[str, Any] | None) -> list[str]:
 def sentence(gate: dict[str, Any]) -> str:
     """One gate in words."""
     verdict = "passed" if gate["passed"] else "missed"
-    value = "nothing" if gate["value"] is None else f"{gate['value']:.6g}"
+    value = "unknown" if gate["value"] is None or math.isnan(gate["value"]) else f"{gate['value']:.6g}"
     return f"{gate['gate']} {gate['limit']:g} {verdict}: {gate['of']} is {value}"
 
 

@@ -5,7 +5,6 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +68,7 @@ def run(
     device: str = "cpu",
     remembered: tuple["Cache", dict[str, Any]] | None = None,
     progress: Progress | None = None,
+    left_out: list[str] | None = None,
 ) -> Results:
     """Run each task by itself and return {task: {metric: Metric}}.
 
@@ -79,8 +79,8 @@ def run(
     number of tokens and of bytes of logits. num_fewshot: as in lm-eval, it does not change a task that says 0.
 
     model: called when a response is needed that is not remembered. A path is run block by block on `device`; tasks that
-    generate text are then left out. remembered: a cache of responses, and what tells
-    this model and how it runs from others.
+    generate text are then not run, and their names appended to left_out. remembered: a cache of responses, and what
+    tells this model and how it runs from others.
     """
     results: Results = {}
     with tempfile.TemporaryDirectory(prefix="compress-tasks-") as folder, quiet(progress):
@@ -100,8 +100,11 @@ def run(
         for done, task in enumerate(asked.tasks):
             if progress:
                 progress("tasks", done, len(asked.tasks))
-            with suppress(WholeModelNeeded):
+            try:
                 results |= _run_one(lm, task, manager, asked)
+            except WholeModelNeeded:
+                if left_out is not None:
+                    left_out.append(task)
         if progress:
             progress("tasks", len(asked.tasks), len(asked.tasks))
     return results

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _SEQUENCES = 64
-_STREAMED = 1 << 19  # tokens, whose activations lie on disk at once
+_STREAMED = 2 << 30  # bytes of activations that lie on disk at once
 # of one forward pass: (tokens, bytes of float32 logits)
 _PASS = {"cpu": (2048, 256 * 2**20), "cuda": (16384, 2 * 2**30)}
 
@@ -114,7 +114,8 @@ class Streamed(Batched):
 
     def _run(self) -> Iterator[torch.Tensor]:
         """The logits of what was asked, a pass through the model for as many tokens as the disk shall hold."""
-        ends = itertools.accumulate(inps.numel() for inps in self._inputs)
+        width = self.model.config.get_text_config().hidden_size
+        ends = itertools.accumulate(inps.numel() * width * 4 for inps in self._inputs)
         for _, group in itertools.groupby(zip(ends, self._inputs, strict=True), lambda item: item[0] // _STREAMED):
             with tempfile.TemporaryDirectory(prefix="compress-activations-") as folder:
                 inputs = [inps for _, inps in group]

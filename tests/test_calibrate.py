@@ -20,6 +20,7 @@ from compress import hollow
 from compress.blocks import Blocks
 from compress.calibrate import Calibration, output_error
 from compress.cli import main
+from compress.fold import Fold, _random
 from compress.formats.checkpoint import Checkpoint
 from compress.hf import model_class
 from compress.int4 import Int4
@@ -479,3 +480,14 @@ def test_progress_tells_of_every_layer_when_its_error_is_known(
         block, layer, error = re.fullmatch(r"block (\d) of 2, (.*): error (.*)", detail).groups()
         assert int(block) == i // 7 + 1
         assert error == f"{errors[f'model.layers.{i // 7}.{layer}']:.4f}"
+
+
+def test_a_change_that_is_none_of_a_block_stops_the_run(llama_dir: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Were a fold accepted that does not hold, the block would compute something else."""
+
+    wrong = Fold(("model.layers.0.mlp.up_proj",), ("model.layers.0.mlp.down_proj",), 128, "order")  # and not its gate
+    monkeypatch.setattr("compress.folding.Folding.choose", lambda *_: (_random(wrong), 0.5))
+    monkeypatch.setattr("compress.calibrate.Blocks.folds", lambda *_: [wrong])
+    with pytest.raises(ValueError, match="order of its channels changed, the block computes something else"):
+        compress.quantize(llama_dir, tmp_path / "out", "bfp", method="rtn", scoring=None)
+    assert not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ import torch
 
 from compress.blocks import Blocks
 from compress.change import Change
-from compress.fold import Fold, folded_norm, rotation
+from compress.fold import Fold, _random, folded_norm, rotation
 from compress.source import Source
 from compress.structure import Structure, build, read_config
 
@@ -147,6 +147,20 @@ def test_only_value_heads_can_be_rotated(tiny_model: Callable[[str], Path], tmp_
     blocks, block, _ = folds(tiny_model("llama-ragged"), tmp_path / "ragged")  # heads of ten channels
     (fold,) = blocks.folds(block, ["rotation"])
     assert rotation(fold).rotation.tolist() == [2]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("heads", [2, 3, 8])
+@pytest.mark.parametrize("size", [1, 2, 8, 72, 80, 112])
+def test_what_is_tried_moves_every_head(heads: int, size: int) -> None:
+    fold = Fold(("v",), ("o",), heads * size, "order", (1, size), ("k", "q"))
+    order = _random(fold).order
+    assert order is not None and order.sort().values.tolist() == list(range(heads * size))
+    assert (order.view(heads, size)[:, 0] // size != torch.arange(heads)).all()
+    if size > 1:
+        within = _random(replace(fold, attending=())).order
+        assert (
+            within is not None and (within.view(heads, size) != torch.arange(heads * size).view(heads, -1)).any(1).all()
+        )
 
 
 def test_relu_lets_scales_through_and_gelu_does_not(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:

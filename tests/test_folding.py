@@ -109,7 +109,6 @@ def loud(uneven: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_scales_of_bitstack_move_into_norms_and_change_nothing(
     loud: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from base64 import b64decode
 
     from compress.against import _unchanged
     from compress.bitstack import Bitstack

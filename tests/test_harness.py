@@ -174,7 +174,7 @@ def test_block_by_block_the_same_tasks_score_the_same(
             .replace("metric: acc", f"metric: {metric}")
         )
         (user_tasks / f"{name}.yaml").write_text(task + more)
-    monkeypatch.setattr(responses, "_STREAMED", 4096)  # tokens: several passes through the blocks
+    monkeypatch.setattr(responses, "_STREAMED", 1 << 20)  # bytes: several passes through the blocks
     tasks, asked = ["builtin_cloze", "birds", "said", "written"], {"include_path": user_tasks, "limit": 40}
     whole = run(AutoModelForCausalLM.from_pretrained(llama_dir, dtype=torch.float32), tokenizer, tasks, **asked)
     streamed = harness.run(lambda: llama_dir, model.config, tokenizer, harness.Asked(tuple(tasks), **asked), TEXT)

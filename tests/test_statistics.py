@@ -248,7 +248,7 @@ def test_a_truncated_file_is_refused_and_left_alone(kept: float, saved: Path, so
 
 
 @pytest.mark.parametrize(
-    "about", ["{}", "[1]", "7", '{"version": 2}', '{"version": 1}', '{"version": 1, "model": 5, "blocks": []}']
+    "about", ["{}", "[1]", "7", '{"version": 1}', '{"version": 2}', '{"version": 2, "model": 5, "blocks": []}']
 )
 def test_a_file_whose_description_is_not_whole_is_refused(about: str, source: Path, tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "file", {"compress.statistics": about})

@@ -21,7 +21,7 @@ def weight() -> Tensor:
     return torch.randn(300, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
 
 
-@pytest.mark.parametrize("scheme", ["df11", "int8", "fp8"])
+@pytest.mark.parametrize("scheme", ["df11", "int8", "fp8", "int4", "bfp", "bitstack"])
 def test_an_embedding_gives_the_rows_of_the_decoded_weight(scheme: str, weight: Tensor) -> None:
     stand_in = packed(weight, scheme)
     embedding = nn.Embedding(300, 128, padding_idx=0)
@@ -30,6 +30,7 @@ def test_an_embedding_gives_the_rows_of_the_decoded_weight(scheme: str, weight: 
     ids = torch.tensor([[5, 299, 5], [0, 1, 2]])
     assert torch.equal(embedding(ids), stand_in.dense()[ids])
     assert embedding(torch.empty(2, 0, dtype=torch.int64)).shape == (2, 0, 128)
+    assert torch.equal(embedding(torch.tensor(7)), stand_in.dense()[7])
     with pytest.raises(IndexError):
         embedding(torch.tensor([300]))
 
