@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -284,13 +285,13 @@ def quantized(source: Path, out: Path, scheme: str, options: dict[str, Any]) -> 
     return out
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # a worker may come to this module more than once
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("interchange")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def calibrated() -> Iterator[None]:
+@contextmanager
+def random_tokens() -> Iterator[None]:
     """The tiny models have no tokenizer: they are calibrated with tokens, not with text."""
     tokens = torch.randint(3, 60, (4, 16), generator=torch.Generator().manual_seed(0))
     with pytest.MonkeyPatch.context() as patch:
@@ -298,12 +299,19 @@ def calibrated() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
+def calibrated() -> Iterator[None]:
+    with random_tokens():
+        yield
+
+
+@pytest.fixture(scope="session")
 def elsewhere(base: Path, tiny_model: Callable[[str], Path]) -> dict[str, dict[str, Any]]:
     """name -> logits and state dict, or error, of every directory in a process without us."""
     tasks: list[tuple[str, str, dict[str, Any]]] = []
     for name, (model, scheme, options) in {**LAYOUT, **DECODED, **CACHES, **OWN}.items():
-        out = quantized(tiny_model(model), base / name, scheme, options)
+        with random_tokens():
+            out = quantized(tiny_model(model), base / name, scheme, options)
         tasks.append((str(out), AutoConfig.from_pretrained(tiny_model(model)).architectures[0], {}))
     for name in THEIRS:
         # its loader cannot place its own zero points other than decoded
