@@ -124,9 +124,9 @@ class Bitstack(Scheme):
         planes = tuple(tensors[f"plane_{block}"] for block in range(blocks))
         return kernels.pack(Planes(planes, tensors["u"], tensors["v"], kernels.expand(steps), tensors["like"].dtype))
 
-    def prepared_bytes(self, specs: Mapping[str, Spec]) -> int:
+    def prepared_bytes(self, specs: Mapping[str, Spec], device: str) -> int:
         rank, columns = specs["v"].shape
-        return kernels.beside(rank, columns, 1 + max(map(self.block_of, specs)))
+        return kernels.beside(rank, columns, 1 + max(map(self.block_of, specs)), device)
 
     def rows(self, tensors: Any, index: Tensor) -> Tensor:
         stack = self._packed(tensors).weight

@@ -207,8 +207,13 @@ class _Block:
         stats = self._measure([*schemes]) if kinds or not models.original else {}
         folding = Folding(self._source, self._packed, stats)
         if kinds:
-            for fold in blocks.folds(block, kinds):
+            folds = blocks.folds(block, kinds)
+            for fold in folds:
                 self._fold(fold, folding)
+            if not folds:
+                self._notes |= dict.fromkeys(
+                    self._packed, "channels stay as they are: none is known to be free to change"
+                )
             for module in folding.changed:
                 blocks.set(module, self._weight(module, folding).float())
         if block != OUTSIDE and any(scheme.stacked for scheme in schemes.values()):

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,18 +17,25 @@ from compress import sizes
 from compress.formats.checkpoint import Checkpoint
 from compress.kernels.linear import CompressedModule
 from compress.placement import Weight
-from compress.scheme import Spec
 from compress.stack import first_blocks
 
 
 @dataclass
 class _Stacked:
-    """One stacked weight of the model. blocks: bytes in memory with 1, 2, ... blocks."""
+    """One stacked weight of the model. count: its blocks in memory."""
 
     loaded: CompressedModule
     weight: Weight
-    sizes: list[int]
     count: int
+    _sizes: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes in memory with 1, 2, ... blocks, where it lies now."""
+        device = next(iter(self.loaded.tensors().values())).device.type
+        if device not in self._sizes:
+            self._sizes[device] = _sizes(self.weight, device)
+        return self._sizes[device]
 
     def resize(self, count: int) -> None:
         """Drops its last blocks, or reads the next ones."""
@@ -57,7 +64,7 @@ class Live:
         for module, weight in weights.items():
             if module in loaded and weight.packed.scheme.stacked:
                 count = 1 + max(map(weight.packed.scheme.block_of, loaded[module].tensors()))
-                self._stacked[module] = _Stacked(loaded[module], weight, _sizes(weight), count)
+                self._stacked[module] = _Stacked(loaded[module], weight, count)
         self._order = _order(checkpoint, {module: stacked.weight for module, stacked in self._stacked.items()})
         self.__setstate__({})
         model.register_forward_pre_hook(self._enter)
@@ -161,14 +168,11 @@ class Live:
                 self._turn.notify_all()
 
 
-def _sizes(weight: Weight) -> list[int]:
+def _sizes(weight: Weight, device: str) -> list[int]:
     scheme, specs = weight.packed.scheme, weight.specs()
     counts = range(1, 2 + max(map(scheme.block_of, specs)))
-    return [_bytes(weight, {n: s for n, s in specs.items() if scheme.block_of(n) < count}) for count in counts]
-
-
-def _bytes(weight: Weight, specs: dict[str, Spec]) -> int:
-    return sum(spec.bytes for spec in specs.values()) + weight.packed.scheme.prepared_bytes(specs)
+    held = [{name: spec for name, spec in specs.items() if scheme.block_of(name) < count} for count in counts]
+    return [sum(spec.bytes for spec in some.values()) + scheme.prepared_bytes(some, device) for some in held]
 
 
 def _order(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> list[str]:

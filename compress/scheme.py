@@ -80,8 +80,8 @@ class Scheme(ABC):
         """The number of the block that a local tensor belongs to, where `stacked`; 0 for what is always there."""
         return 0
 
-    def prepared_bytes(self, specs: Mapping[str, Spec]) -> int:
-        """Memory of what `prepare` makes of these tensors beside them."""
+    def prepared_bytes(self, specs: Mapping[str, Spec], device: str) -> int:
+        """Memory of what running makes of these tensors beside them. device: its type, cpu or cuda."""
         return 0
 
     @property

@@ -71,10 +71,10 @@ class Planes:
         return replace(self, addresses=_places(self).to(self.u.device))
 
 
-def beside(rank: int, columns: int, planes: int) -> int:
-    """Bytes that are held beside a weight's tensors: the level of every code, and v as the CPU's loops read it."""
+def beside(rank: int, columns: int, planes: int, device: str) -> int:
+    """Bytes that are held beside a weight's tensors: the level of every code, and on a CPU v as its loops read it."""
     lanes = simd.lanes()
-    return 4 * (1 << (planes - 1)) + 4 * rank * lanes * -(-columns // lanes)
+    return 4 * (1 << (planes - 1)) + (4 * rank * lanes * -(-columns // lanes) if device == "cpu" else 0)
 
 
 def expand(steps: list[Tensor]) -> Tensor:

@@ -283,7 +283,9 @@ def test_what_a_prepared_weight_holds_is_counted() -> None:
         tensors = scheme.encode(gaussian(*shape))
         stack = scheme.prepare(tensors).weight
         held = stack.levels.nbytes + stack.vectors.nbytes
-        assert scheme.prepared_bytes({local: Spec.of(local, tensor) for local, tensor in tensors.items()}) == held
+        specs = {local: Spec.of(local, tensor) for local, tensor in tensors.items()}
+        assert scheme.prepared_bytes(specs, "cpu") == held
+        assert scheme.prepared_bytes(specs, "cuda") == stack.levels.nbytes  # whose kernels read v as it is
 
 
 def test_linear_in_parts_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
