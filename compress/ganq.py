@@ -96,21 +96,10 @@ class Fit:
 
         Each is chosen when those before have moved it (`fitting.choose`). Returns the changes, stored less base.
         """
+        blocks = torch.arange(len(self.hessian), device=columns.device) // self.block
         found = (self.codes, self.stored) if self.kept is None else (self.codes, self.stored, self.kept)
-        if not wanted.is_cuda:
-            blocks = torch.arange(len(self.hessian)) // self.block
-            fitting.choose(wanted, base, reach, (self.levels, blocks), columns, found)
-            return wanted
-        for i, column in enumerate(columns.tolist()):
-            levels, value = self.levels[column // self.block], wanted[:, i]
-            codes = (value[:, None] > (levels[:, 1:] + levels[:, :-1]) / 2).sum(1)
-            chosen = levels.gather(1, codes[:, None])[:, 0]
-            if self.kept is not None:
-                chosen = torch.where(self.kept[:, column], value, chosen)
-            self.codes[:, column], self.stored[:, column] = codes.to(torch.uint8), chosen
-            change = chosen - base[:, i]
-            wanted[:, i] = change
-            wanted[:, i + 1 :].addr_(change, reach[i, i + 1 :])
+        run = choose if wanted.is_cuda else fitting.choose
+        run(wanted, base, reach, (self.levels, blocks), columns, found)
         return wanted
 
     def _normal_equations(self, rows: int, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,6 +118,27 @@ class Fit:
 
 def _blocks(count: int) -> list[tuple[int, int]]:
     return [(first, min(first + BLOCK, count)) for first in range(0, count, BLOCK)]
+
+
+def choose(
+    wanted: Tensor,
+    base: Tensor,
+    reach: Tensor,
+    tables: tuple[Tensor, Tensor],
+    columns: Tensor,
+    found: tuple[Tensor, ...],
+) -> None:
+    """`fitting.choose` in plain torch."""
+    codes, stored, *kept = found
+    for i, (column, block) in enumerate(zip(columns.tolist(), tables[1][columns].tolist(), strict=True)):
+        levels, value = tables[0][block], wanted[:, i].clone()
+        code = (value[:, None] > (levels[:, 1:] + levels[:, :-1]) / 2).sum(1)
+        chosen = levels.gather(1, code[:, None])[:, 0]
+        if kept:
+            chosen = torch.where(kept[0][:, column], value, chosen)
+        codes[:, column], stored[:, column] = code.to(torch.uint8), chosen
+        wanted[:, i] = chosen - base[:, i]
+        wanted[:, i + 1 :].addr_(wanted[:, i], reach[i, i + 1 :])
 
 
 def pairs(codes: Tensor, pulled: Tensor, hessian: Tensor, clusters: int) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,14 @@
 """The compiled loops that fit codes to outputs, against plain torch."""
 
+from collections.abc import Callable
+
 import numba
 import pytest
 import torch
 from torch import Tensor
 
 from compress.formats import fitting
-from compress.ganq import pairs
+from compress.ganq import choose, pairs
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -26,12 +28,13 @@ def slow(wanted: Tensor, base: Tensor | None, reach: Tensor, levels: Tensor, kep
     return codes, changes
 
 
+@pytest.mark.parametrize("run", [fitting.choose, choose], ids=["compiled", "torch"])
 @pytest.mark.parametrize("compensating", [True, False])
 @pytest.mark.parametrize(
     "rows, columns, clusters, block", [(1, 1, 2, 1), (3, 40, 16, 7), (21, 33, 4, 99), (2, 5, 256, 2)]
 )
 def test_columns_are_chosen_as_if_every_level_were_tried(
-    rows: int, columns: int, clusters: int, block: int, compensating: bool
+    rows: int, columns: int, clusters: int, block: int, compensating: bool, run: Callable[..., None]
 ) -> None:
     wanted, reach, old = drawn(rows, columns), 0.3 * drawn(columns, columns, seed=1), drawn(rows, columns, seed=2)
     levels, kept = drawn(-(-columns // block), rows, clusters, seed=3).sort(2).values, drawn(rows, columns) > 1
@@ -39,7 +42,7 @@ def test_columns_are_chosen_as_if_every_level_were_tried(
     codes, stored = torch.zeros(rows, columns, dtype=torch.uint8), torch.zeros(rows, columns)
     changes = wanted.clone()
     base = changes if compensating else old
-    fitting.choose(changes, base, reach, (levels, blocks), order, (codes, stored, kept))
+    run(changes, base, reach, (levels, blocks), order, (codes, stored, kept))
     expected = slow(wanted, None if compensating else old, reach, levels[blocks[order]], kept[:, order])
     assert torch.equal(codes[:, order], expected[0]) and torch.allclose(changes, expected[1], atol=1e-4)
     values = levels[blocks[order], torch.arange(rows)[:, None], codes[:, order].long()]

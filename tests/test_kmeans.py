@@ -349,3 +349,16 @@ def test_inputs_that_are_always_zero_do_no_harm() -> None:
 def test_a_weight_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="holds nothing"):
         Kmeans(**RTN).encode(torch.empty(0, 4, dtype=torch.bfloat16))
+
+
+def test_fitting_gives_the_same_bytes_on_any_number_of_threads() -> None:
+    x, threads, found = inputs(600, 512), (torch.get_num_threads(), numba.get_num_threads()), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            numba.set_num_threads(min(count, threads[1]))
+            found.append(Kmeans(bits=3).encode(gaussian((2100, 512)), statistics(x)))
+    finally:
+        torch.set_num_threads(threads[0])
+        numba.set_num_threads(threads[1])
+    assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in other)
