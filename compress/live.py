@@ -27,15 +27,15 @@ class _Stacked:
     loaded: CompressedModule
     weight: Weight
     count: int
-    _sizes: dict[str, list[int]] = field(default_factory=dict)
+    _measured: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def sizes(self) -> list[int]:
         """Bytes in memory with 1, 2, ... blocks, where it lies now."""
         device = next(iter(self.loaded.tensors().values())).device.type
-        if device not in self._sizes:
-            self._sizes[device] = _sizes(self.weight, device)
-        return self._sizes[device]
+        if device not in self._measured:
+            self._measured[device] = _sizes(self.weight, device)
+        return self._measured[device]
 
     def resize(self, count: int) -> None:
         """Drops its last blocks, or reads the next ones."""

@@ -136,9 +136,9 @@ def search(
 ) -> Tensor:
     """Of the scales numbered codes + step, each block's with the least squared error; of equal ones the first.
 
-    weight: (out_features, in_features) bf16, fp16 or fp32, on the CPU. weights: (in_features,) float32, of the errors,
-    all alike by default. codes: (out_features, blocks) uint8, numbers in
-    `scales`, which holds positive float32 in ascending order up to `top`. Returns numbers like `codes`.
+    weight: (out_features, in_features) bf16, fp16 or fp32, on the CPU. codes: (out_features, blocks) uint8, numbers in
+    `scales`, which holds positive float32 in ascending order up to `top`. weights: (in_features,) float32, of the
+    errors; None for all alike. Returns numbers like `codes`.
     """
     rows, blocks = codes.shape
     if not codes.numel():

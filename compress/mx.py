@@ -53,11 +53,9 @@ class _Mx(Microscaling):
         top = math.frexp(torch.finfo(self.torch_dtype).max / self.element.largest)[1] - 1 + BIAS
         exponents = (float4.floor_exponent(maxima) - largest + BIAS).clamp(0, top)
         exponents = exponents.where(maxima > 0, BIAS).to(torch.uint8)
-        return (
-            search(weight, exponents, E8M0, (0, 1, -1), top, self.element, weighting(stats))
-            if self.search
-            else exponents
-        )
+        if not self.search:
+            return exponents
+        return search(weight, exponents, E8M0, (0, 1, -1), top, self.element, weighting(stats))
 
     def _interchange(self, bits: int, layout: str) -> dict[str, Any]:
         weights = {

@@ -75,10 +75,9 @@ class _Job:
         self,
         model: Callable[[], Any],
         remembered: tuple[Cache, dict[str, Any]] | None = None,
-        left_out: list[str] | None = None,
-    ) -> Results:
+    ) -> tuple[Results, list[str]]:
         if not self.asked.tasks:
-            return {}
+            return {}, []
         return harness.run(
             model,
             self.config,
@@ -88,7 +87,6 @@ class _Job:
             device=self.device,
             remembered=remembered,
             progress=self.progress,
-            left_out=left_out,
         )
 
 
@@ -223,7 +221,7 @@ def _score_original(reference: Path, job: _Job, how: Running, kept: Cache, notes
                 run = fidelity.passes(model(), job.windows, job.asked.batch_size)
             predictions.write(run, job.windows, unfinished, job.progress)
     if not how.streamed:
-        return path, job.run_tasks(model, (kept, key))
+        return path, job.run_tasks(model, (kept, key))[0]
     return path, _streamed_tasks(reference, "original", job, notes, (kept, key))
 
 
@@ -233,7 +231,7 @@ def _score(
     model = running.loaded(path, how, **loading)
     run = fidelity.passes(model, job.windows, job.asked.batch_size)
     scores = fidelity.compare_passes(run, job.windows, predicted, job.text_bytes, job.progress)
-    tasks = job.run_tasks(lambda: model)
+    tasks, _ = job.run_tasks(lambda: model)
     found: dict[str, Any] = {"generation_tokens_per_second": _generation_speed(model, job)} if speed else {}
     if "kv_cache" in loading:
         found["kv_cache"] = packed_cache.describe(model, job.windows[:1])
@@ -250,8 +248,7 @@ def _score_streamed(path: Path, job: _Job, how: Running, notes: list[str]) -> tu
 def _streamed_tasks(
     path: Path, what: str, job: _Job, notes: list[str], remembered: tuple[Cache, dict[str, Any]] | None = None
 ) -> Results:
-    left_out: list[str] = []
-    results = job.run_tasks(lambda: path, remembered, left_out)
+    results, left_out = job.run_tasks(lambda: path, remembered)
     rest = f", and not on tasks that generate text: {', '.join(left_out)}" if left_out else ""
     notes.append(f"the {what} is too large for the memory: it was run block by block{rest}")
     return results

@@ -32,15 +32,16 @@ class Gates:
 
     def judge(self, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
         """A line for each gate that was asked for: what was measured, of what, and whether it passed."""
-        drops = {
-            f"{task} {metric}": _drop(score)
+        scores = {
+            f"{task} {metric}": score
             for task, metrics in evaluation["tasks"].items()
             for metric, score in metrics.items()
         }
+        drops = {name: _drop(score) for name, score in scores.items()}
         # NaN is the largest drop of all
         worst = max(drops, key=lambda name: (math.isnan(drops[name]), drops[name]), default=None)
         drop = None if worst is None else drops[worst]
-        if worst and math.isnan(drops[worst]):
+        if worst and scores[worst]["reference"] is None:
             worst = f"{worst}, on which the original was not scored,"
         lines = []
         if self.max_kl is not None:

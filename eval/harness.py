@@ -68,9 +68,8 @@ def run(
     device: str = "cpu",
     remembered: tuple["Cache", dict[str, Any]] | None = None,
     progress: Progress | None = None,
-    left_out: list[str] | None = None,
-) -> Results:
-    """Run each task by itself and return {task: {metric: Metric}}.
+) -> tuple[Results, list[str]]:
+    """Run each task by itself; return {task: {metric: Metric}}, and the tasks that need more of a model than there is.
 
     A task is ours (builtin_cloze, made from `text`), one of the YAML files under include_path, or one that lm-eval
     ships. A group adds its own scores and those of its members. Metrics of a named filter read "metric,filter".
@@ -79,10 +78,11 @@ def run(
     number of tokens and of bytes of logits. num_fewshot: as in lm-eval, it does not change a task that says 0.
 
     model: called when a response is needed that is not remembered. A path is run block by block on `device`; tasks that
-    generate text are then not run, and their names appended to left_out. remembered: a cache of responses, and what
-    tells this model and how it runs from others.
+    generate text are then left out. remembered: a cache of responses, and what tells this model and how it runs from
+    others.
     """
     results: Results = {}
+    left_out = []
     with tempfile.TemporaryDirectory(prefix="compress-tasks-") as folder, quiet(progress):
         from compress.eval.responses import Batched, Remembering, Streamed, WholeModelNeeded
 
@@ -103,11 +103,10 @@ def run(
             try:
                 results |= _run_one(lm, task, manager, asked)
             except WholeModelNeeded:
-                if left_out is not None:
-                    left_out.append(task)
+                left_out.append(task)
         if progress:
             progress("tasks", len(asked.tasks), len(asked.tasks))
-    return results
+    return results, left_out
 
 
 def beside(ours: Results, theirs: Results) -> dict[str, Metrics]:

@@ -9,7 +9,7 @@ import torch
 
 from compress.blocks import Blocks
 from compress.change import Change
-from compress.fold import Fold, _random, folded_norm, rotation
+from compress.fold import Fold, _random, check, folded_norm, rotation
 from compress.source import Source
 from compress.structure import Structure, build, read_config
 
@@ -178,3 +178,20 @@ def test_a_folded_norm_says_the_scale_that_its_rounding_makes() -> None:
     torch.testing.assert_close(effective[[0, 2, 3]], scale[[0, 2, 3]], rtol=2**-8, atol=0)
     stored, effective = folded_norm(torch.tensor([0.5]), torch.tensor([2.0]), 1.0)
     assert stored.tolist() == [-0.25] and effective.tolist() == [2.0]
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_change_of_what_gives_nothing_is_no_error(live: bool) -> None:
+    """Producers of zeros show no difference that a change could be measured beside."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False))
+    if not live:
+        torch.nn.init.zeros_(model[0].weight)
+    wrong, x = Fold(("0",), (), 4, "order"), torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+    def run() -> torch.Tensor:
+        return model(x).detach()
+
+    if not live:
+        return check(model, wrong, _random(wrong), run)
+    with pytest.raises(ValueError, match="with the order of its channels changed"):
+        check(model, wrong, _random(wrong), run)

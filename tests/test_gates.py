@@ -55,6 +55,15 @@ def test_the_worst_metric_is_named() -> None:
     assert missed({"gates": [found]}) == [sentence(found)] and missed(None) == []
 
 
+def test_a_metric_that_is_not_known_says_why() -> None:
+    for score, of in (
+        (metric(0.5, None), "task acc, on which the original was not scored,"),
+        (metric(math.nan, 0.5), "task acc"),
+    ):
+        found = Gates(max_task_drop=0.1).judge(evaluation(f1=metric(0.25, 0.5), acc=score))[0]
+        assert found["of"] == of and sentence(found) == f"max_task_drop 0.1 missed: {of} is unknown"
+
+
 @pytest.mark.parametrize(
     "limits", [{"max_kl": -1.0}, {"max_kl": math.nan}, {"min_top1": 1.5}, {"max_task_drop": math.inf}]
 )

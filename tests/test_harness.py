@@ -47,9 +47,11 @@ def user_tasks(tmp_path: Path) -> Path:
 
 def run(model: Any, tokenizer: Any, tasks: list[str], **how: Any) -> harness.Results:
     progress = how.pop("progress", None)
-    return harness.run(
+    found, left_out = harness.run(
         lambda: model, model.config, tokenizer, harness.Asked(tuple(tasks), **how), TEXT, progress=progress
     )
+    assert not left_out
+    return found
 
 
 def slow_accuracy(model: Any, tokenizer: Any, items: list[cloze.Item]) -> float:
@@ -129,7 +131,7 @@ def test_responses_are_remembered_by_what_was_asked(
 
     def answer(key: str, limit: int) -> harness.Results:
         asked = harness.Asked(("birds",), user_tasks, limit=limit)
-        return harness.run(load, model.config, tokenizer, asked, TEXT, remembered=(kept, {"model": key}))
+        return harness.run(load, model.config, tokenizer, asked, TEXT, remembered=(kept, {"model": key}))[0]
 
     first = answer("a", 2)
     assert loads == [1] and answer("a", 2) == first and loads == [1]
@@ -177,8 +179,9 @@ def test_block_by_block_the_same_tasks_score_the_same(
     monkeypatch.setattr(responses, "_STREAMED", 1 << 20)  # bytes: several passes through the blocks
     tasks, asked = ["builtin_cloze", "birds", "said", "written"], {"include_path": user_tasks, "limit": 40}
     whole = run(AutoModelForCausalLM.from_pretrained(llama_dir, dtype=torch.float32), tokenizer, tasks, **asked)
-    streamed = harness.run(lambda: llama_dir, model.config, tokenizer, harness.Asked(tuple(tasks), **asked), TEXT)
-    assert set(whole) - set(streamed) == {"written"}
+    every = harness.Asked(tuple(tasks), **asked)
+    streamed, left_out = harness.run(lambda: llama_dir, model.config, tokenizer, every, TEXT)
+    assert set(whole) - set(streamed) == {"written"} and left_out == ["written"]
     for task, metrics in streamed.items():
         for name, metric in metrics.items():
             assert metric.value == pytest.approx(whole[task][name].value, rel=1e-5), (task, name)
