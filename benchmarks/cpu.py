@@ -16,7 +16,6 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -67,7 +66,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.cpu_time:
         torch.set_num_threads(1)
-        numba.set_num_threads(1)
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     lines = head(arguments.cpu_time, clock)
     names = QUICK if arguments.quick else tuple(CASES)

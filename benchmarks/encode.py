@@ -21,7 +21,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numba
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -159,7 +158,6 @@ def weights(shape: tuple[int, int]) -> Iterator[tuple[str, Tensor]]:
 
 def seconds(method: Method, weight: Tensor, threads: int) -> float:
     torch.set_num_threads(threads)
-    numba.set_num_threads(threads)
     clock = time.process_time if threads == 1 else time.perf_counter
     taken = []
     for _ in range(method.repeats):

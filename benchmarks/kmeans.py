@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numba
 import torch
 import torch.nn.functional as F
 from quality import Bench, hqq, nf4
@@ -39,7 +38,7 @@ INT4: dict[int, list[dict[str, Any]]] = {4: [{}], 3: [{}], 2: [{"symmetric": Fal
 
 
 def speed(rows: int, clusters: int, repeats: int) -> Iterator[str]:
-    numba.set_num_threads(1)
+    torch.set_num_threads(1)
     weight = (torch.randn(rows, 4096, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
     cluster.codebooks(weight[:1], clusters)
     best = cluster.codebooks(weight, clusters)

@@ -25,7 +25,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from safetensors import safe_open
@@ -221,20 +220,15 @@ def measure(weights: list[Tensor], threads: list[int], rounds: int, least: float
     runs = [(count, codec, head if codec.slow else weights) for count in threads for codec in codecs(count)[0]]
     measured: dict[int, dict[str, Figures]] = {count: {} for count in threads}
     for count, codec, given in runs:
-        set_threads(count)
+        torch.set_num_threads(count)
         measured[count][codec.name] = Figures(sum(weight.numel() for weight in given), check(codec, given))
     for _ in range(rounds):
         for count, codec, given in runs:
-            set_threads(count)
+            torch.set_num_threads(count)
             encode, decode = sample(codec, given, least)
             measured[count][codec.name].encode.append(encode)
             measured[count][codec.name].decode.append(decode)
     return measured
-
-
-def set_threads(count: int) -> None:
-    torch.set_num_threads(count)
-    numba.set_num_threads(count)
 
 
 def row(name: str, measured: dict[int, dict[str, Figures]]) -> str:

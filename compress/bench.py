@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from itertools import cycle
 from typing import Any
 
-import numba
 import torch
 import torch.nn.functional as F
 
@@ -111,7 +110,7 @@ def bench(
     base = seconds[UNCOMPRESSED]
     lines = [Line(n, bits[n], s, {count: base[count] / s[count] for count in tokens}) for n, s in seconds.items()]
     place = torch.cuda.get_device_name(device) if device.startswith("cuda") else measured.processor()
-    return Bench(device, place, numba.get_num_threads(), torch.__version__, "bfloat16", shape, lines)
+    return Bench(device, place, torch.get_num_threads(), torch.__version__, "bfloat16", shape, lines)
 
 
 def defaults() -> dict[str, Scheme]:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from compress import gptaq
 from compress.fold import Kind
-from compress.formats.compiled import float_bits, in_threads, jit
+from compress.formats.compiled import float_bits, jit
+from compress.formats.threads import in_threads
 from compress.gptq import compensate
 from compress.scheme import Scheme, Spec
 from compress.stats import Stats

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from compress.clip import LANES, UNROLLED, keep_better, load_tile, round_scale, search
-from compress.formats.compiled import float_bits, in_threads, jit
+from compress.formats.compiled import float_bits, jit
+from compress.formats.threads import in_threads
 
 CLIPS = ("absmax", "mse")
 # Bits by which a float32's mantissa is longer than the type's.

@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compress.formats.compiled import in_threads, jit
+from compress.formats.compiled import jit
+from compress.formats.threads import in_threads
 
 TOP = 5
 TAIL = 1e-6

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compress.formats import bitpack
-from compress.formats.compiled import float_bits, in_threads, jit
+from compress.formats.compiled import float_bits, jit
+from compress.formats.threads import in_threads
 
 BIAS = 127
 INFINITY = np.int32(0x7F800000)

@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.formats.compiled import empty, float_bits, in_threads, jit
+from compress.formats.compiled import empty, float_bits, jit
 from compress.formats.distinct import distinct, room
 from compress.formats.intervals import GAUSSIAN, cut, mean
 from compress.formats.nesting import nest, shelf
+from compress.formats.threads import in_threads
 
 MOST = 256  # clusters
 _TOGETHER = 16  # rows whose prices start from one another's; a fixed number, so that threads do not matter

@@ -1,9 +1,6 @@
-"""What the compiled loops over a weight share: numba's settings, the weight's bits, 64 bits at any byte, threads."""
+"""What the compiled loops over a weight share: numba's settings, the weight's bits, 64 bits at any byte."""
 
 import math
-import os
-from concurrent.futures import ThreadPoolExecutor, wait
-from functools import cache
 from typing import Any
 
 import numba
@@ -12,9 +9,6 @@ import torch
 from llvmlite import ir
 from numba import extending
 from torch import Tensor
-
-_THREADED_SIZE = 1 << 20  # values: below, starting threads costs more than it saves
-_PARTS = 4  # for each thread
 
 
 def jit(function: Any) -> Any:
@@ -72,38 +66,3 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if not size:
         return torch.empty(shape, dtype=dtype)
     return torch.from_numpy(np.empty(size, np.uint8)).view(dtype).view(shape)
-
-
-def in_threads(loop: Any, rows: int, size: int, *arguments: Any) -> None:
-    """loop(start, stop, *arguments) over parts of the rows, which are independent. size: values in all."""
-    # Plain threads, not numba's: its default layer aborts when two Python threads enter it at once, and a parallel
-    # kernel takes several times as long to compile.
-    threads = min(numba.get_num_threads(), rows) if size > _THREADED_SIZE else 1
-    if threads <= 1:
-        loop(0, rows, *arguments)
-        return
-    parts = min(_PARTS * threads, rows)  # a core that is busy elsewhere takes fewer of them
-    bounds = [rows * i // parts for i in range(parts + 1)]
-    left = iter(list(zip(bounds, bounds[1:], strict=False)))  # each thread takes the next
-
-    def work() -> None:
-        for pair in left:
-            loop(*pair, *arguments)
-
-    jobs = [_pool(threads - 1).submit(work) for _ in range(threads - 1)]
-    try:
-        work()
-    finally:
-        wait(jobs)  # they read the arrays of this call
-    for job in jobs:
-        job.result()
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads that stay: starting them takes as long as a product with a small weight."""
-    return ThreadPoolExecutor(threads, "compress")
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # the child has none of these threads

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.formats.compiled import float_bits, in_threads, jit
+from compress.formats.compiled import float_bits, jit
+from compress.formats.threads import in_threads
 
 _FLOATS = {"bitmod3": (1.0, 2.0, 4.0), "bitmod4": (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)}
 _SPECIAL = {"bitmod3": (3.0, 6.0), "bitmod4": (5.0, 8.0)}

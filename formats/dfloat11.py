@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.formats.compiled import in_threads, jit
+from compress.formats.compiled import jit
+from compress.formats.threads import in_threads
 
 THREAD_BYTES, GAP_BITS, LONGEST, POINTERS = 8, 5, 32, 240
 _8, _32, _56, _BYTE = (np.uint64(n) for n in (8, 32, 56, 255))

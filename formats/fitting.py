@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.formats.compiled import in_threads, jit
+from compress.formats.compiled import jit
+from compress.formats.threads import in_threads
 
 _ACROSS, _DOWN = 128, 1024  # of the Hessian, at once: half a megabyte, which stays near a core
 _LANE, _ROWS = 32, 8  # columns that are moved at once, and rows: one need not wait for the other

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from compress.formats.compiled import in_threads, jit
+from compress.formats.compiled import jit
 from compress.formats.huffman import CHUNK, are_stored
+from compress.formats.threads import in_threads
 
 BLOCK = 256  # words; the position of an escape in its block is a byte
 WINDOW = 8

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.formats.compiled import float_bits, in_threads, jit
+from compress.formats.compiled import float_bits, jit
+from compress.formats.threads import in_threads
 
 E4M3_MAX = 448.0
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from compress.formats.compiled import in_threads, jit, load64, store64
+from compress.formats.compiled import jit, load64, store64
+from compress.formats.threads import in_threads
 
 CHUNK = 1 << 14  # symbols
 LIMIT = 12  # bits of the longest code: the decoder's table of 2**12 entries stays in a core's first two caches

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.formats.compiled import empty, float_bits, in_threads, jit
+from compress.formats.compiled import empty, float_bits, jit
+from compress.formats.threads import in_threads
 
 # The paper's appendix E: quantiles of a normal distribution, scaled to -1..1, with an exact zero.
 LEVELS = np.array(

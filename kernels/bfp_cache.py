@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from compress.formats.bfp import Format, unpack
-from compress.formats.compiled import empty, in_threads, jit
+from compress.formats.compiled import empty, jit
+from compress.formats.threads import in_threads
 
 
 def states(packed: Tensor, exponents: Tensor, form: Format, order: Tensor, mean: Tensor | None) -> Tensor:

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.formats.compiled import empty, float_bits, in_threads, jit
+from compress.formats.compiled import empty, float_bits, jit
+from compress.formats.threads import in_threads
 from compress.kernels import cpu, cpu_planes, prepared, simd
 from compress.kernels.cpu import Product
 from compress.kernels.op import Layout, Packed

@@ -130,9 +130,7 @@ def integers(
     if not fits or (zeros is not None and zeros.shape != scales.shape):
         return None  # decoding says what is wrong
 
-    def run(x: Tensor) -> Tensor | None:
-        return cpu_codes.integers(x, codes, scales, zeros, bits, group_size, power)
-
+    run = cpu_codes.integers(codes, scales, zeros, bits, group_size, columns, power)
     layout = f"{bits}-bit integers in groups of {min(group_size, 128)}" + (" with zeros" if zeros is not None else "")
     return Product(layout, (len(packed), columns), run)
 
@@ -175,8 +173,10 @@ def tables(
     steps = scales.float() if scales.dtype == torch.float16 else scales
     codes = packed.contiguous().view(torch.uint8).view(shape[0], -1)
 
+    multiply = cpu_codes.tables(codes, steps, books, share, group_size, shape[1], high_first)
+
     def run(x: Tensor) -> Tensor | None:
-        y = cpu_codes.tables(x, codes, steps, books, share, group_size, high_first)
+        y = multiply(x)
         return y if y is None or factor == 1 else y.mul_(factor)
 
     return Product(f"tables of 16 in groups of {16 if group_size == 16 else 32}", shape, run)

@@ -6,20 +6,19 @@ Gaussian ones, where bfloat16 rounds each number by 1e-3 of itself. Sums of prod
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from compress.formats.compiled import in_threads, jit
+from compress.formats.compiled import jit
+from compress.formats.threads import in_threads
 
 TOKENS = 4
 _LEAST = np.float32(1e-30)  # a largest magnitude below has no reciprocal in float32 that is large enough
 
 
-@dataclass(frozen=True)
-class Activations:
+class Activations(NamedTuple):
     """x: (tokens, columns) int16, units of columns in the order that a kernel wants. scales: (tokens, units) float32.
 
     sums: (tokens, units, lanes / 2) int32, of what falls into each lane of 32 bits, times `factor`.

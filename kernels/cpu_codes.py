@@ -2,10 +2,14 @@
 
 Codes become integers of 16 bits in registers, and are multiplied with activations of 16 bits (`cpu_activations`); sums
 are exact up to the end of a unit of columns, and are then scaled in float32.
+
+A product is made of a weight once, and then called with x, (tokens, columns) bf16, fp16 or fp32: it returns x @ W.T,
+(tokens, rows) float32, or None where x has numbers that `quantize` does not take.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -13,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.formats.compiled import in_threads, jit
+from compress.formats.compiled import jit
+from compress.formats.threads import in_threads
 from compress.kernels import simd
 from compress.kernels.cpu_activations import quantize, together
 from compress.kernels.cpu_row import (
@@ -35,7 +40,7 @@ MOST_UNIT = 128  # columns whose products are added before they are scaled
 ROWS, COLUMNS = 16, 2048  # a part of the weight that stays in the cache for all tokens
 _SCALES = {torch.bfloat16: BFLOAT16, torch.float32: FLOAT32, torch.uint8: POWER, torch.float8_e4m3fn: E4M3}
 _WORDS = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}
-
+Multiply = Callable[[Tensor], Tensor | None]
 
 TABLE_GROUP = 128  # one that `table_unit` takes with vectors of any length
 
@@ -56,65 +61,79 @@ def table_unit(group_size: int) -> int | None:
 
 
 def integers(
-    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, power: int = 0
-) -> Tensor | None:
-    """x @ W.T in float32, W = (code - zero) * scale. None where x has numbers that `quantize` does not take.
+    packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, columns: int, power: int = 0
+) -> Multiply:
+    """A product with W = (code - zero) * scale.
 
-    x: (tokens, columns) bf16, fp16 or fp32. packed: (rows, bytes) uint8, `bits` bits for each column, low bits first.
-    scales: (rows, groups) bf16 or fp32, finite; or uint8, whose number e stands for 2**(e - 127 - power). zeros:
-    (rows, groups) uint8, or None for 2**(bits - 1). group_size: `integer_unit` takes it; a single group may be of any
-    size.
+    packed: (rows, bytes) uint8, `bits` bits for each column, low bits first. scales: (rows, groups) bf16 or fp32,
+    finite; or uint8, whose number e stands for 2**(e - 127 - power). zeros: (rows, groups) uint8, or None for
+    2**(bits - 1). group_size: `integer_unit` takes it; a single group may be of any size.
     """
-    columns, half = x.shape[1], 1 << (bits - 1)
+    half = 1 << (bits - 1)
     if scales.shape[1] == 1:
         group_size = -(-columns // MOST_UNIT) * MOST_UNIT * fields(bits)
     size = integer_unit(bits, group_size)
     if size is None:
         raise ValueError(f"groups of {group_size} values of {bits} bits have no kernel here")
     order = _field_order(columns, fields(bits), simd.lanes(), size)
-    found = quantize(x, order, size, LIMIT, simd.lanes(), -half if zeros is None else -1)
-    if found is None:
-        return None
     codes = INTEGERS if zeros is None else WITH_ZEROS
-    tokens = together(len(x))
-    layout = Layout(bits, group_size, size, simd.lanes(), _SCALES[scales.dtype], codes, power, tokens)
+    layout = Layout(bits, group_size, size, simd.lanes(), _SCALES[scales.dtype], codes, power, 1)
     others = torch.zeros(1, 1, dtype=torch.uint8) if zeros is None else zeros
-    return _run(layout, packed, scales, others, (1, 1), found)[: len(x)]
+    return _product(layout, packed, scales, others, (1, 1), order, LIMIT, -half if zeros is None else -1)
 
 
 def tables(
-    x: Tensor, packed: Tensor, scales: Tensor, books: Tensor, rows: tuple[int, int], group_size: int, high_first: bool
-) -> Tensor | None:
-    """x @ W.T in float32, W = book[code] * scale. None where x has numbers that `quantize` does not take.
+    packed: Tensor,
+    scales: Tensor,
+    books: Tensor,
+    rows: tuple[int, int],
+    group_size: int,
+    columns: int,
+    high_first: bool,
+) -> Multiply:
+    """A product with W = book[code] * scale.
 
-    x: (tokens, columns) bf16, fp16 or fp32. packed: (height, bytes) uint8, two codes each, the first in the low bits
-    unless high_first. scales: (n, groups) fp32, bf16 or E4M3, not negative; or uint8 e for 2**(e - 127). books: (m, 32)
-    uint8, the lower and the higher bytes of 16 int16. rows: that share scales, and a book. group_size: `table_unit`
-    takes it; a single group may be of any size.
+    packed: (height, bytes) uint8, two codes each, the first in the low bits unless high_first. scales: (n, groups)
+    fp32, bf16 or E4M3, not negative; or uint8 e for 2**(e - 127). books: (m, 32) uint8, the lower and the higher bytes
+    of 16 int16. rows: that share scales, and a book. group_size: `table_unit` takes it; a single group may be of any
+    size.
     """
-    lanes, columns = simd.lanes(), x.shape[1]
+    lanes = simd.lanes()
     if scales.shape[1] == 1:
         group_size = -(-columns // (4 * lanes)) * 4 * lanes
     size = table_unit(group_size)
     if size is None:
         raise ValueError(f"groups of {group_size} values have no table kernel here")
-    found = quantize(x, _nibble_order(columns, lanes, high_first), size, TABLE_LIMIT, lanes)
-    if found is None:
-        return None
-    layout = Layout(4, group_size, size, lanes, _SCALES[scales.dtype], TABLES, 0, together(len(x)))
-    return _run(layout, packed, scales, books, rows, found)[: len(x)]
+    layout = Layout(4, group_size, size, lanes, _SCALES[scales.dtype], TABLES, 0, 1)
+    return _product(layout, packed, scales, books, rows, _nibble_order(columns, lanes, high_first), TABLE_LIMIT)
 
 
-def _run(layout: Layout, packed: Tensor, scales: Tensor, others: Tensor, shared: tuple[int, int], found: Any) -> Tensor:
-    """shared: rows with the same scales, and with the same of `others`."""
-    height, columns = len(packed), found.x.shape[1]
-    out = np.zeros((len(found.x), height), np.float32)
+def _product(
+    layout: Layout,
+    packed: Tensor,
+    scales: Tensor,
+    others: Tensor,
+    shared: tuple[int, int],
+    order: Any,
+    limit: int,
+    factor: int = 1,
+) -> Multiply:
+    """shared: rows with the same scales, and with the same of `others`. The last three as in `quantize`."""
     steps = scales.contiguous().view(_WORDS.get(scales.dtype, scales.dtype)).numpy()
     steps = steps.view(np.uint16) if layout.scales == BFLOAT16 else steps
-    arrays = (packed.contiguous().numpy(), steps, others.contiguous().numpy())
-    loop = _kernel(layout)
-    in_threads(loop, height, height * columns * len(out), *arrays, *shared, found.x, found.scales, found.sums, out)
-    return torch.from_numpy(out)
+    weights = (packed.contiguous().numpy(), steps, others.contiguous().numpy(), *shared)
+    height = len(packed)
+
+    def run(x: Tensor) -> Tensor | None:
+        found = quantize(x, order, layout.unit, limit, layout.lanes, factor)
+        if found is None:
+            return None
+        loop = _kernel(layout._replace(tokens=together(len(x))))
+        out = np.zeros((len(found.x), height), np.float32)
+        in_threads(loop, height, out.size * len(order), *weights, found.x, found.scales, found.sums, out)
+        return torch.from_numpy(out[: len(x)])
+
+    return run
 
 
 @cache

@@ -17,7 +17,8 @@ from llvmlite import ir
 from numba.core import cgutils
 from torch import Tensor
 
-from compress.formats.compiled import in_threads, intrinsic, jit
+from compress.formats.compiled import intrinsic, jit
+from compress.formats.threads import in_threads
 from compress.kernels import simd
 from compress.kernels.cpu_activations import together
 from compress.kernels.simd import constant, f32, i8, i16, i32, integer, load, splat, vector

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from compress.formats.compiled import in_threads, jit
+from compress.formats.compiled import jit
+from compress.formats.threads import in_threads
 from compress.kernels import simd
 from compress.kernels.cpu_floats import FLOAT32, Layout, float_row
 from compress.kernels.cpu_plane_rows import ROWS, Form, plane_rows

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from compress.formats import fixed
-from compress.formats.compiled import in_threads, intrinsic, jit
+from compress.formats.compiled import intrinsic, jit
+from compress.formats.threads import in_threads
 from compress.kernels import simd
 from compress.kernels.cpu_activations import together
 from compress.kernels.cpu_floats import BFLOAT16, UNIT, Layout, float_row, inputs_of

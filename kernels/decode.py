@@ -14,9 +14,10 @@ from torch import Tensor
 from compress.formats.bfp import Format
 from compress.formats.bfp import unpack as unpack_bfp
 from compress.formats.bitpack import packed_width, unpack
-from compress.formats.compiled import empty, in_threads, jit
+from compress.formats.compiled import empty, jit
 from compress.formats.float4 import E2M1
 from compress.formats.float4 import unpack as unpack_nibbles
+from compress.formats.threads import in_threads
 
 _TABLE = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from compress.formats.bitpack import pack as pack_bits
 from compress.formats.bitpack import packed_width, unpack
-from compress.formats.compiled import empty, in_threads, jit
+from compress.formats.compiled import empty, jit
+from compress.formats.threads import in_threads
 from compress.kernels import prepared
 from compress.kernels.decode import unpack_row
 from compress.kernels.op import Layout, Packed

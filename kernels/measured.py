@@ -115,8 +115,7 @@ def _is_measured(value: Any) -> bool:
 
 
 def _machine() -> str:
-    threads = f"{torch.get_num_threads()}+{numba.get_num_threads()} threads"
-    return f"{processor()}, {threads}, torch {torch.__version__}, numba {numba.__version__}"
+    return f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, numba {numba.__version__}"
 
 
 @cache

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.formats.compiled import empty, in_threads, jit
+from compress.formats.compiled import empty, jit
+from compress.formats.threads import in_threads
 from compress.kernels import lookup, prepared
 from compress.kernels.op import Layout, Packed
 

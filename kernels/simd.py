@@ -55,10 +55,11 @@ def load(builder: Any, base: Any, kind: ir.Type, offset: Any) -> Any:
 
 
 def prefetch(builder: Any, base: Any, offset: Any) -> None:
-    """Asks for the cache line `offset` bytes behind a pointer; nothing happens where no memory is."""
+    """Asks for the cache line `offset` bytes behind a pointer, into the second cache: that waits for more lines at a
+    time than the first. Nothing happens where no memory is."""
     kind = ir.FunctionType(ir.VoidType(), [i8.as_pointer(), i32, i32, i32])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [_at(builder, base, offset), *(ir.Constant(i32, value) for value in (0, 3, 1))])
+    builder.call(function, [_at(builder, base, offset), *(ir.Constant(i32, value) for value in (0, 2, 1))])
 
 
 def shuffle(builder: Any, values: Any, order: Any) -> Any:

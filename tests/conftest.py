@@ -18,6 +18,24 @@ _SENTENCES = (
 )
 
 
+@pytest.fixture
+def on_threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], list[Any]]:
+    """What a function returns on one, two and three threads, each time, however little there is to do."""
+    monkeypatch.setattr("compress.formats.threads._SIZE", 0)
+
+    def run(function: Callable[[], Any]) -> list[Any]:
+        found, before = [], torch.get_num_threads()
+        try:
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                found.append(function())
+        finally:
+            torch.set_num_threads(before)
+        return found
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bf16 Llama with random weights: hidden 64, 2 layers, GQA 4/2, tied, context 128, byte-level BPE of 300."""

@@ -1,6 +1,7 @@
 """bitstack on one weight: what each block stores and leaves, beside slow references."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -213,18 +214,13 @@ def test_the_truncated_svd_of_a_matrix_of_little_rank_is_exact() -> None:
             assert not u[2].any() and not v[:, 1].any()
 
 
-def test_the_same_bytes_on_any_number_of_threads() -> None:
+def test_the_same_bytes_on_any_number_of_threads(on_threads: Any) -> None:
     weight, before = gaussian(600, 700).bfloat16(), torch.get_num_threads()
-    made = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            made.append(Bitstack().encode(weight))
-    finally:
-        torch.set_num_threads(before)
+    first, *others = on_threads(lambda: Bitstack().encode(weight))
     assert torch.get_num_threads() == before
-    for other in made[1:]:
-        assert all(torch.equal(made[0][name].view(torch.uint8), other[name].view(torch.uint8)) for name in other)
+    assert all(
+        torch.equal(first[key].view(torch.uint8), other[key].view(torch.uint8)) for other in others for key in first
+    )
 
 
 def test_columns_that_carry_more_lose_less() -> None:

@@ -1,5 +1,7 @@
 """Coordinate descent against a version that tries every integer, and that no step is for the worse."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -101,16 +103,11 @@ def test_a_group_of_zeros_stays_zero_and_does_not_divide_by_it() -> None:
     assert found.values().isfinite().all() and found.scales.ne(0).all()
 
 
-def test_the_same_bytes_on_any_number_of_threads() -> None:
+def test_the_same_bytes_on_any_number_of_threads(on_threads: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(600, 256, generator=generator) @ torch.randn(256, 256, generator=generator)
     weight, missing = (torch.randn(192, 256, generator=generator) for _ in range(2))
     stats = Stats(600, x.square().mean(0), x.abs().mean(0), x.abs().amax(0), x.T @ x / 600, missing)
-    threads, found = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            found.append(Int4(bits=3, group_size=64, symmetric=False, method="gptq").encode(weight.bfloat16(), stats))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in other)
+    scheme = Int4(bits=3, group_size=64, symmetric=False, method="gptq")
+    first, *others = on_threads(lambda: scheme.encode(weight.bfloat16(), stats))
+    assert all(torch.equal(first[key], other[key]) for other in others for key in first)

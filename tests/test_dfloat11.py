@@ -247,19 +247,11 @@ def test_a_last_code_that_ends_in_a_block_of_its_own_is_read() -> None:
         assert tensors["output_positions"].numel() == (8 if length == 9 else 12)
 
 
-def test_threads_do_not_change_a_bit() -> None:
-    import numba
-
-    weight = torch.cat([skewed(20), gaussian(100)])  # more than are decoded in one thread
+def test_threads_do_not_change_a_bit(on_threads: Any) -> None:
+    weight = torch.cat([skewed(20), gaussian(100)])  # more than one thread decodes at a time
     tensors = encode([weight])
-    before = numba.get_num_threads()
-    try:
-        numba.set_num_threads(1)
-        (one,) = read(tensors, [(weight.numel(),)])
-    finally:
-        numba.set_num_threads(before)
-    (several,) = read(tensors, [(weight.numel(),)])
-    assert np.array_equal(bits_of(one), bits_of(weight)) and np.array_equal(bits_of(several), bits_of(weight))
+    for (found,) in on_threads(lambda: read(tensors, [(weight.numel(),)])):
+        assert np.array_equal(bits_of(found), bits_of(weight))
 
 
 Edit = Callable[[Tensors], object]

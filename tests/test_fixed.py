@@ -3,13 +3,12 @@
 from collections.abc import Iterator
 from typing import Any
 
-import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.formats import compiled, fixed
+from compress.formats import fixed
 from compress.formats.fixed import BLOCK, BLOCK_BYTES, WINDOW
 from compress.formats.huffman import CHUNK
 
@@ -201,16 +200,16 @@ def test_some_chunks_decode_without_the_others(chunks: list[int]) -> None:
         assert not got[part.size :].any()
 
 
-def test_threads_do_not_change_a_byte(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "_THREADED_SIZE", 0)
+def test_threads_do_not_change_a_byte(on_threads: Any) -> None:
     words = random_words(117, 13 * CHUNK + 77, 0.05)
-    made = []
-    for threads in (1, 2, 5):
-        monkeypatch.setattr(numba, "get_num_threads", lambda threads=threads: threads)
+
+    def made() -> list[bytes]:
         tensors = encode(words, 117)
-        made.append([tensors[name].tobytes() for name in ("codes", "counts", "escapes", "rest")])
         assert np.array_equal(decode(tensors, words.size), words)
-    assert made[0] == made[1] == made[2]
+        return [tensors[name].tobytes() for name in ("codes", "counts", "escapes", "rest")]
+
+    first, *others = on_threads(made)
+    assert all(first == other for other in others)
 
 
 # Damage

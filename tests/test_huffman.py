@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.formats import compiled, huffman
+from compress.formats import huffman
 from compress.formats.huffman import CHUNK, LIMIT, PADDING, code_table, padded
 
 QUICK = settings(deadline=None, derandomize=True, database=None, max_examples=60)
@@ -360,17 +359,17 @@ def test_some_chunks_decode_without_the_others(chunks: list[int], dtype: Any) ->
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint8])
-def test_threads_do_not_change_a_byte(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "_THREADED_SIZE", 0)
+def test_threads_do_not_change_a_byte(dtype: Any, on_threads: Any) -> None:
     table = table_of("random")
     words = random_words(table, 13 * CHUNK + 77, dtype)
-    made = []
-    for threads in (1, 2, 5):
-        monkeypatch.setattr(numba, "get_num_threads", lambda threads=threads: threads)
+
+    def made() -> tuple[bytes, ...]:
         sizes, codes, rest = encode(words, table)
-        made.append((huffman.histogram(words).tobytes(), sizes.tobytes(), codes.tobytes(), rest.tobytes()))
         assert np.array_equal(decode(table, sizes, codes, rest, words.size), words)
-    assert made[0] == made[1] == made[2]
+        return huffman.histogram(words).tobytes(), sizes.tobytes(), codes.tobytes(), rest.tobytes()
+
+    first, *others = on_threads(made)
+    assert all(first == other for other in others)
 
 
 # Damage

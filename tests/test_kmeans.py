@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numba
 import pytest
 import torch
 from torch import Tensor
@@ -327,13 +326,10 @@ def test_without_data_nothing_is_asked_for_and_with_it_what_is_used() -> None:
     assert not Kmeans(**RTN).needs_calibration
 
 
-def test_threads_do_not_change_a_bit() -> None:
-    weight, threads = gaussian((600, 2048)), numba.get_num_threads()
-    found = []
-    for count in (1, threads):
-        numba.set_num_threads(count)
-        found.append(Kmeans(bits=3, **RTN).encode(weight))
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+def test_threads_do_not_change_a_bit(on_threads: Any) -> None:
+    weight = gaussian((60, 2048))
+    first, *others = on_threads(lambda: Kmeans(bits=3, **RTN).encode(weight))
+    assert all(torch.equal(first[key], other[key]) for other in others for key in first)
 
 
 def test_inputs_that_are_always_zero_do_no_harm() -> None:
@@ -351,14 +347,7 @@ def test_a_weight_of_nothing_is_refused() -> None:
         Kmeans(**RTN).encode(torch.empty(0, 4, dtype=torch.bfloat16))
 
 
-def test_fitting_gives_the_same_bytes_on_any_number_of_threads() -> None:
-    x, threads, found = inputs(600, 512), (torch.get_num_threads(), numba.get_num_threads()), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            numba.set_num_threads(min(count, threads[1]))
-            found.append(Kmeans(bits=3).encode(gaussian((2100, 512)), statistics(x)))
-    finally:
-        torch.set_num_threads(threads[0])
-        numba.set_num_threads(threads[1])
-    assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in other)
+def test_fitting_gives_the_same_bytes_on_any_number_of_threads(on_threads: Any) -> None:
+    x = inputs(600, 512)
+    first, *others = on_threads(lambda: Kmeans(bits=3).encode(gaussian((2100, 512)), statistics(x)))
+    assert all(torch.equal(first[key], other[key]) for other in others for key in first)

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -216,15 +217,9 @@ def test_experts_come_back(name: str, tiny_compressed: Callable[..., Path], tiny
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_threads_do_not_change_a_byte(name: str) -> None:
-    import numba
-
-    weight = spread(6, 1024, 2048).bfloat16()
-    many = SCHEMES[name].encode(weight)
-    before = numba.get_num_threads()
-    try:
-        numba.set_num_threads(1)
-        one = SCHEMES[name].encode(weight)
-    finally:
-        numba.set_num_threads(before)
-    assert all(torch.equal(many[key].view(torch.uint8), one[key].view(torch.uint8)) for key in many)
+def test_threads_do_not_change_a_byte(name: str, on_threads: Any) -> None:
+    weight = spread(6, 100, 2048).bfloat16()
+    first, *others = on_threads(lambda: SCHEMES[name].encode(weight))
+    assert all(
+        torch.equal(first[key].view(torch.uint8), other[key].view(torch.uint8)) for other in others for key in first
+    )
