@@ -12,6 +12,7 @@ a level the ones first that gain most output error for their bytes.
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 import tempfile
@@ -44,6 +45,10 @@ PEERS = [("int4", {**options, "method": method}) for options in INT4 for method 
 # A codebook for each row is most of what a small matrix takes at many bits; one for 16 rows is not.
 PEERS += [("kmeans", {"bits": bits}) for bits in range(1, 6)]
 PEERS += [("kmeans", {"bits": bits, "granularity": "group"}) for bits in range(4, 9)]
+# Between one and two bits: some of the linears have one.
+PEERS += [
+    ("kmeans", {"bits": 2, "one_bit": names}) for names in ("(gate|up)_proj", "(gate|up|o)_proj", "(q|k|v|down)_proj")
+]
 
 
 class Paper:
@@ -201,8 +206,13 @@ def peers(bench: Bench, model: Any, fixed: int) -> list[str]:
     lines = ["| peer | bits per weight | KL | `bitstack` in as many bytes |\n|---|--:|--:|--:|\n"]
     for scheme, options in PEERS:
         out = bench.folder / "peer"
-        extra = {"calibration": bench.calibration} if options.get("method") != "rtn" else {}
-        report = compress.quantize(bench.path, out, scheme, scoring=None, overwrite=True, **extra, **options)
+        extra: dict[str, Any] = {"calibration": bench.calibration} if options.get("method") != "rtn" else {}
+        given = {key: value for key, value in options.items() if key != "one_bit"}
+        if "one_bit" in options:
+            recipe = bench.folder / "recipe.json"
+            recipe.write_text(json.dumps([{"match": f"re:{options['one_bit']}", "scheme": scheme, "bits": 1}]))
+            extra["rules"] = compress.Rules(recipe)
+        report = compress.quantize(bench.path, out, scheme, scoring=None, overwrite=True, **extra, **given)
         assert report.bits_per_weight is not None
         name = " ".join([f"`{scheme}`", *(f"{key}={value}" for key, value in options.items())])
         kl = bench.kl(compress.load(out))

@@ -1,13 +1,20 @@
-"""Products with losslessly coded bfloat16 on the CPU: a row at a time is decoded, into the cache nearest to it."""
+"""Products with losslessly coded bfloat16 on the CPU.
+
+Where rows are whole blocks, words are decoded in registers, 32 at a time, and multiplied there. All escapes have code 0
+then: the differences that they make are added behind. Other rows, and those of many escapes (zeros, for which nothing
+may remain of two large sums), are decoded into the cache nearest to the processor, and multiplied from there.
+"""
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Iterator
+from functools import cache, reduce
 from typing import Any
 
 import numba
 import numpy as np
 import torch
+from numba.core import cgutils
 from torch import Tensor
 
 from compress.formats import fixed
@@ -16,9 +23,12 @@ from compress.formats.threads import in_threads
 from compress.kernels import simd
 from compress.kernels.cpu_activations import together
 from compress.kernels.cpu_floats import BFLOAT16, UNIT, Layout, float_row, inputs_of
-from compress.kernels.simd import constant, i8, i16, i32, integer, load, splat, vector
+from compress.kernels.simd import constant, f32, i8, i16, i32, integer, load, splat, vector
 
 STEP = 32  # words that are decoded at a time: the bytes of a vector
+FEW = 8  # escapes, more than most blocks have
+MOST_ESCAPES = 1 / 8  # of a row that is multiplied as it is decoded
+MOST_BASE = 192  # of such words, so that no sum overflows which is taken away again
 
 
 def linear(
@@ -32,9 +42,10 @@ def linear(
     height, columns = rest.shape
     layout = Layout(BFLOAT16, 0, UNIT, simd.lanes(), together(len(x)))
     inputs = inputs_of(x, UNIT, layout.tokens)
+    mixed = inputs.reshape(-1, 2, 4, 4).swapaxes(1, 2).reshape(inputs.shape)
     out = np.zeros((len(inputs), height), np.float32)
     arrays = [array.contiguous().numpy() for array in (codes.view(-1, fixed.BLOCK_BYTES), counts, starts, escapes)]
-    arguments = (np.uint8(base), *arrays, rest.contiguous().view(-1).numpy(), inputs, out)
+    arguments = (np.uint8(base), *arrays, rest.contiguous().view(-1).numpy(), inputs, mixed, out)
     in_threads(_fixed_rows(layout), height, height * columns * len(x), columns, *arguments)
     return torch.from_numpy(out[: len(x)])
 
@@ -44,12 +55,29 @@ def _fixed_rows(layout: Layout) -> Any:
     text, tokens = " ".join(map(str, layout)), layout.tokens
 
     @jit
-    def rows_of(start, stop, columns, base, packed, counts, starts, escapes, rest, x, out):  # type: ignore[no-untyped-def]
+    def rows_of(start, stop, columns, base, packed, counts, starts, escapes, rest, x, mixed, out):  # type: ignore[no-untyped-def]
         padded, total, codes = x.shape[1], rest.shape[0], packed.reshape(-1)
         words = np.zeros(columns + padded + 2 * fixed.BLOCK, np.uint16)
         found, steps, inputs = np.empty(tokens, np.float32), np.zeros(1, np.float32), x.reshape(-1)
+        shuffled, is_whole = mixed.reshape(-1), columns % fixed.BLOCK == 0 and base < MOST_BASE
+        blocks, work = columns // fixed.BLOCK, (np.empty(columns + FEW, np.int64), np.empty(columns))
         for row in range(start, stop):
             block, position = row * columns // fixed.BLOCK, starts[row]
+            if is_whole:
+                few = 0
+                for number in range(block, block + blocks):
+                    few += counts[number]
+                if few <= columns * MOST_ESCAPES:
+                    first = row * columns
+                    for token in range(0, x.shape[0], tokens):
+                        part = (block * fixed.BLOCK_BYTES, first, blocks, token * padded, padded)
+                        _whole_row((codes, rest, shuffled), part, base, found, tokens)
+                        for t in range(tokens):
+                            out[token + t, row] = found[t]
+                    _differences(base, counts, escapes, rest, (block, position, first), blocks, work)
+                    for token in range(x.shape[0]):
+                        out[token, row] = np.float32(out[token, row] + _sum(work, few, x[token]))
+                    continue
             at = row * columns - block * fixed.BLOCK
             for place in range(0, at + columns, fixed.BLOCK):
                 behind = position + counts[block]
@@ -73,6 +101,76 @@ def _fixed_rows(layout: Layout) -> Any:
     return rows_of
 
 
+@jit
+def _differences(base, counts, escapes, rest, place, blocks, work):  # type: ignore[no-untyped-def]
+    """By how much the escapes of a row of whole blocks are more than words with code 0; returns how many there are.
+
+    place: its first block, escape and word. work: their columns, and the differences, which float64 holds exactly.
+    """
+    (block, position, first), (columns, differences), few = place, work, 0
+    for number in range(blocks):  # without branches, which would be guessed wrong: some too many, until the next block
+        for i in range(FEW):
+            columns[few + i] = number * fixed.BLOCK
+        count = np.int64(counts[block + number])
+        for i in range(FEW, count):
+            columns[few + i] = number * fixed.BLOCK
+        few += count
+    bottom = np.uint32(base) << np.uint32(23)
+    for i in range(few):
+        escape = escapes[position + i]
+        column = columns[i] + np.int64(escape >> np.uint16(8))
+        low = np.uint32(rest[first + column])
+        bits = ((low & np.uint32(0x80)) << np.uint32(24)) | ((low & np.uint32(0x7F)) << np.uint32(16))
+        right = np.uint32(bits | (np.uint32(escape & np.uint16(255)) << np.uint32(23))).view(np.float32)
+        wrong = np.uint32(bits | bottom).view(np.float32)
+        columns[i], differences[i] = column, np.float64(right) - np.float64(wrong)
+    return few
+
+
+@jit
+def _sum(work, count, x):  # type: ignore[no-untyped-def]
+    (columns, differences), total = work, 0.0
+    for i in range(count):
+        total += differences[i] * x[columns[i]]
+    return total
+
+
+@intrinsic
+def _whole_row(context, arrays, place, base, found, tokens):  # type: ignore[no-untyped-def]
+    """found[t] = a row of whole blocks times token t, escapes aside. arrays: codes, the other bits, inputs in the order
+    of `_floats`. place: where codes and bits of the row begin, its blocks, the first token, the columns of a token."""
+    count = tokens.literal_value
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        pairs = zip(cgutils.unpack_tuple(builder, arguments[0]), signature.args[0], strict=True)
+        packed, rest, x = (simd.data(context, builder, *pair) for pair in pairs)
+        code, low, blocks, token, padded = cgutils.unpack_tuple(builder, arguments[1])
+        chains = 4 if count == 1 else 1  # sums that do not wait for one another
+        floats = vector(f32, STEP // 4)
+        totals = [
+            [cgutils.alloca_once_value(builder, constant(floats, 0.0)) for _ in range(chains)] for _ in range(count)
+        ]
+        with cgutils.for_range_slice(builder, integer(0), blocks, integer(1), inc=True) as (block, _):
+            words = builder.mul(block, integer(fixed.BLOCK))
+            codes = builder.gep(packed, [builder.add(code, builder.mul(block, integer(fixed.BLOCK_BYTES)))])
+            lows = builder.gep(rest, [builder.add(low, words)])
+            for number, (lower, upper) in enumerate(_bytes(builder, codes, lows, arguments[2])):
+                for q, weights in enumerate(_floats(builder, lower, upper)):
+                    for t, sums in enumerate(totals):
+                        column = builder.add(words, integer(STEP * number + STEP // 4 * q))
+                        at = builder.add(builder.add(token, builder.mul(padded, integer(t))), column)
+                        values = load(builder, x, floats, builder.mul(at, integer(4)))
+                        chain = sums[q % chains]
+                        builder.store(simd.fma(builder, weights, values, builder.load(chain)), chain)
+        result = simd.data(context, builder, arguments[3], signature.args[3])
+        for t, sums in enumerate(totals):
+            whole = reduce(builder.fadd, map(builder.load, sums))
+            builder.store(simd.total(builder, whole), builder.gep(result, [integer(t)]))
+        return context.get_dummy_value()
+
+    return numba.void(arrays, place, base, found, tokens), generate
+
+
 @intrinsic
 def _block(context, words, place, packed, code, rest, low, base):  # type: ignore[no-untyped-def]
     """Decodes a whole block into words[place:], escapes aside: `fixed._decode_block` in vectors of bytes.
@@ -84,30 +182,54 @@ def _block(context, words, place, packed, code, rest, low, base):  # type: ignor
         kinds = signature.args
         pairs = [(simd.data(context, builder, arguments[i], kinds[i]), arguments[i + 1]) for i in (0, 2, 4)]
         start, codes, lows = (builder.gep(base, [offset]) for base, offset in pairs)
-        bytes_, halves = vector(i8, STEP), vector(i16, STEP // 2)
-
-        def moved(value: Any, by: int, mask: int) -> Any:
-            """The bits of every byte moved up, or down where negative; of these the ones in the mask."""
-            wide = builder.bitcast(value, halves)
-            if by:
-                wide = (builder.shl if by > 0 else builder.lshr)(wide, constant(halves, abs(by)))
-            return builder.and_(builder.bitcast(wide, bytes_), constant(bytes_, mask))
-
-        first = splat(builder, arguments[6], STEP)
-        high = load(builder, codes, bytes_, integer(64))
-        order = [i + source for i in range(STEP) for source in (0, STEP)]
-        for line in range(0, fixed.BLOCK, 64):
-            simd.prefetch(builder, lows, integer(line + simd.AHEAD))
-        for number in range(fixed.BLOCK // STEP):
-            two = load(builder, codes, bytes_, integer(STEP * number % 64))
-            code = builder.or_(moved(two, -2 * (number // 2), 3), moved(high, 2 - number, 4))
-            symbol = builder.add(code, first)
-            rest_bits = load(builder, lows, bytes_, integer(STEP * number))
-            lower = builder.or_(moved(rest_bits, 0, 0x7F), moved(symbol, 7, 0x80))
-            upper = builder.or_(moved(rest_bits, 0, 0x80), moved(symbol, -1, 0x7F))
-            both = builder.shuffle_vector(lower, upper, constant(vector(i32, 2 * STEP), order))
+        order = constant(vector(i32, 2 * STEP), [i + source for i in range(STEP) for source in (0, STEP)])
+        for number, (lower, upper) in enumerate(_bytes(builder, codes, lows, arguments[6])):
+            both = builder.shuffle_vector(lower, upper, order)
             at = builder.gep(start, [integer(STEP * number)])
             builder.store(both, builder.bitcast(at, both.type.as_pointer()), align=1)
         return context.get_dummy_value()
 
     return numba.void(words, place, packed, code, rest, low, base), generate
+
+
+def _bytes(builder: Any, codes: Any, lows: Any, base: Any) -> Iterator[tuple[Any, Any]]:
+    """The lower and the upper bytes of the words of a block, 32 at a time, escapes aside."""
+    bytes_, halves = vector(i8, STEP), vector(i16, STEP // 2)
+
+    def moved(value: Any, by: int, mask: int) -> Any:
+        """The bits of every byte moved up, or down where negative; of these the ones in the mask."""
+        wide = builder.bitcast(value, halves)
+        if by:
+            wide = (builder.shl if by > 0 else builder.lshr)(wide, constant(halves, abs(by)))
+        return builder.and_(builder.bitcast(wide, bytes_), constant(bytes_, mask))
+
+    first = splat(builder, base, STEP)
+    high = load(builder, codes, bytes_, integer(64))
+    for line in range(0, fixed.BLOCK, 64):
+        simd.prefetch(builder, lows, integer(line + simd.AHEAD))
+    for line in range(0, fixed.BLOCK_BYTES, 64):
+        simd.prefetch(builder, codes, integer(line + simd.AHEAD * fixed.BLOCK_BYTES // fixed.BLOCK))
+    for number in range(fixed.BLOCK // STEP):
+        two = load(builder, codes, bytes_, integer(STEP * number % 64))
+        code = builder.or_(moved(two, -2 * (number // 2), 3), moved(high, 2 - number, 4))
+        symbol = builder.add(code, first)
+        rest_bits = load(builder, lows, bytes_, integer(STEP * number))
+        lower = builder.or_(moved(rest_bits, 0, 0x7F), moved(symbol, 7, 0x80))
+        upper = builder.or_(moved(rest_bits, 0, 0x80), moved(symbol, -1, 0x7F))
+        yield lower, upper
+
+
+def _floats(builder: Any, lower: Any, upper: Any) -> Iterator[Any]:
+    """Words of those bytes in float32: 4 q to 4 q + 3 and 16 + 4 q to 19 + 4 q, for q from 0 to 3."""
+    for first in (0, 1):
+        words = builder.bitcast(_interleaved(builder, lower, upper, first), vector(i16, STEP // 2))
+        for second in (0, 1):
+            whole = _interleaved(builder, constant(words.type, 0), words, second)
+            yield builder.bitcast(whole, vector(f32, STEP // 4))
+
+
+def _interleaved(builder: Any, low: Any, high: Any, half: int) -> Any:
+    """Elements of two vectors of 32 bytes in turn, of one half of each 16 bytes: what processors do at once."""
+    count = low.type.count
+    places = [lane * count // 2 + half * count // 4 + i for lane in (0, 1) for i in range(count // 4)]
+    return builder.shuffle_vector(low, high, constant(vector(i32, count), [i + v for i in places for v in (0, count)]))

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -98,6 +99,23 @@ def test_fixed_codes_lose_nothing_but_the_order_of_the_sums(shape: tuple[int, in
         x = gaussian(tokens, shape[1], dtype=torch.float32)
         wanted = F.linear(x.double(), weight.double())
         assert prepared.product is not None and error(scheme.linear(x, prepared), wanted) < 1e-6
+
+
+@pytest.mark.parametrize("power", [0, 70])
+def test_rows_of_whole_blocks_may_hold_anything(power: int) -> None:
+    """Escapes, more than a few of a block or most of a row, zeros, and what is no number."""
+    weight = gaussian(8, 768) * 0.02 * 2.0**power
+    weight[1], weight[2, :200], weight[3, 256:290], weight[4, 700:] = 0, 0, 1e-9, -1e-5
+    weight[5, 3], weight[6, 300], weight[7, 767] = math.inf, math.nan, -(2.0 ** (power + 9))
+    scheme = make("df11", {"coding": "fixed"})
+    prepared = scheme.prepare(scheme.encode(weight))
+    for tokens in (1, 3, 4, 9):
+        x = gaussian(tokens, 768, dtype=torch.float32).abs()
+        y = scheme.linear(x, prepared)
+        wanted = F.linear(x.double(), weight.double())
+        assert not y[:, 1].any() and torch.equal(y[:, 5], torch.full((tokens,), math.inf)) and y[:, 6].isnan().all()
+        for row in (0, 2, 3, 4, 7):
+            assert error(y[:, row], wanted[:, row]) < 1e-6, row
 
 
 def test_many_tokens_get_the_bits_that_the_original_gives_them(monkeypatch: pytest.MonkeyPatch) -> None:
