@@ -70,8 +70,8 @@ def _fixed_rows(layout: Layout) -> Any:
                 if few <= columns * MOST_ESCAPES:
                     first = row * columns
                     for token in range(0, x.shape[0], tokens):
-                        part = (block * fixed.BLOCK_BYTES, first, blocks, token * padded, padded)
-                        _whole_row((codes, rest, shuffled), part, base, found, tokens)
+                        spot = (block * fixed.BLOCK_BYTES, first, blocks, token * padded, padded)
+                        _whole_row((codes, rest, shuffled), spot, base, found, tokens)
                         for t in range(tokens):
                             out[token + t, row] = found[t]
                     _differences(base, counts, escapes, rest, (block, position, first), blocks, work)
