@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from compress.formats.compiled import copied
 from compress.hf import check_device
 from compress.kernels import measured
 from compress.progress import Progress
@@ -166,7 +167,7 @@ def _wait(x: torch.Tensor) -> None:
 def copies(tensors: dict[str, torch.Tensor], device: str) -> list[dict[str, torch.Tensor]]:
     size = sum(tensor.nbytes for tensor in tensors.values())
     count = min(MOST_COPIES, -(-CACHED_BYTES // max(1, size)))
-    return [{name: tensor.to(device, copy=True) for name, tensor in tensors.items()} for _ in range(count)]
+    return [{name: copied(tensor, device) for name, tensor in tensors.items()} for _ in range(count)]
 
 
 def _data_free(name: str, **given: Any) -> Scheme:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from compress import sizes
 from compress.formats.checkpoint import Checkpoint
+from compress.formats.compiled import copied
 from compress.kernels.linear import CompressedModule
 from compress.placement import Weight
 from compress.stack import first_blocks
@@ -43,7 +44,7 @@ class _Stacked:
         device = next(iter(kept.values())).device
         for local, name in self.weight.names.items():
             if self.count <= scheme.block_of(local) < count:
-                kept[local] = self.weight.store.read(name).to(device, copy=True)
+                kept[local] = copied(self.weight.store.read(name), device)
                 self.weight.store.release(name)
         self.loaded.replace(scheme, first_blocks(scheme, kept, count))
         self.count = count

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compress import planning
+from compress.formats.compiled import copied
 from compress.kernels.experts import CompressedExperts
 from compress.kernels.linear import CompressedLinear, CompressedModule, meta
 from compress.kernels.weight import CompressedWeight
@@ -116,7 +117,7 @@ class Placement:
                 with _named(module):
                     scheme, tensors = weight.packed.scheme.recode(weight.read(), **options)
                 place = "cpu" if device.type == "meta" else device
-                loaded.replace(scheme, {name: tensor.to(place, copy=True) for name, tensor in tensors.items()})
+                loaded.replace(scheme, {name: copied(tensor, place) for name, tensor in tensors.items()})
             else:
                 for local, tensor in weight.read().items():
                     loaded.fill(local, tensor)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from compress.formats.compiled import copied
 from compress.kernels.op import Layout
 from compress.kernels.prepared import Prepared
 
@@ -104,7 +105,7 @@ class CompressedModule(nn.Module):
         """Puts a copy of a loaded tensor where the local tensor `name` lies; one on "meta" is made on the CPU."""
         current = self.tensors()[name]
         device = "cpu" if current.is_meta else current.device
-        setattr(self, _attribute(name), tensor.to(device, copy=True))
+        setattr(self, _attribute(name), copied(tensor, device))
         self._prepared = None
 
     def decode(self) -> Tensor:
