@@ -10,6 +10,7 @@ from torch import Tensor
 from compress.formats.bfp import Format
 from compress.kernels import bfp_kernels as kernels
 from compress.kernels import sums
+from compress.kernels.prepared import stages
 
 PROGRAMS = 512  # a grid of so many gives each of about 130 multiprocessors several
 FUSED_TOKENS = 256  # W is unpacked anew for every 128 of them
@@ -58,7 +59,7 @@ def linear(x: Tensor, mantissas: Tensor, exponents: Tensor, form: Format, bias: 
                 BLOCK_N=block_n,
                 SPLIT=split,
                 num_warps=4 if block_m <= 32 else 8,
-                num_stages=3 if block_m == 16 else 2,
+                num_stages=stages(3 if block_m == 16 else 2),
             )
     return sums.finish(partial, bias, x.dtype).view(*x.shape[:-1], rows)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from compress.kernels import bitstack_kernels, sums
 from compress.kernels.bitstack import FLOOR, Planes
+from compress.kernels.prepared import stages
 
 PROGRAMS = 512  # a grid of so many gives each of about 130 multiprocessors several
 FUSED_TOKENS = 128  # for more, W is better decoded once
@@ -59,6 +60,6 @@ def linear(x: Tensor, stack: Planes, bias: Tensor | None = None) -> Tensor:
                 R=RANKS,
                 SPLIT=split,
                 num_warps=4,
-                num_stages=2,
+                num_stages=stages(2),
             )
     return sums.finish(partial, bias, x.dtype).view(*x.shape[:-1], n)

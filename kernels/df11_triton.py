@@ -22,11 +22,13 @@ from torch import Tensor
 from compress.formats.fixed import BLOCK, BLOCK_BYTES, WINDOW
 from compress.formats.huffman import CHUNK, LIMIT, check_table, padded
 from compress.kernels import df11_kernels as kernels
+from compress.kernels.prepared import ROCM, stages
 
 SEGMENT = 128  # symbols that one lane decodes; 131072 lanes for 4096 x 4096, half of what an H200 holds at a time
 GROUP = 32  # segments that count their 16-bit positions from the same bit: 32 * 128 * 12 < 2**16
 PROGRAMS = 512  # a grid of so many gives each of about 130 multiprocessors several
 FUSED_TOKENS = 256  # W is decoded anew for every 128 of them, and the sums lie in float32 before the escapes are added
+WARPS = 2 if ROCM else 4  # of a program of 128 lanes, of which a warp of an AMD Instinct has 64
 _LONGEST_ROW = 1 << 16  # up to which an escape's column and word fit in 32 bits
 _X = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -182,7 +184,7 @@ def decode_fixed(weight: Fixed) -> Tensor:
             ROWS=together,
             LANES=128,
             ALIGNED=weight.aligned,
-            num_warps=4,
+            num_warps=WARPS,
         )
     return out
 
@@ -210,7 +212,7 @@ def decode_huffman(weight: Huffman) -> Tensor:
             SEGMENT=SEGMENT,
             GROUP=GROUP,
             WIDE=wide,
-            num_warps=4,
+            num_warps=WARPS,
         )
     return out[:count].view(weight.shape)
 
@@ -261,7 +263,7 @@ def _one_token(x: Tensor, weight: Fixed, bias: Tensor | None, y: Tensor) -> None
         LANES=lanes,
         SPLIT=split,
         EVEN=columns % (16 * lanes) == 0,
-        num_warps=4,
+        num_warps=WARPS,
     )
     if split > 1:
         _finish(y, partial, x.T, weight, bias)
@@ -289,7 +291,7 @@ def _tokens(x: Tensor, weight: Fixed, bias: Tensor | None, y: Tensor) -> None:
         SPLIT=split,
         ALIGNED=weight.aligned,
         num_warps=4 if block_m <= 32 else 8,
-        num_stages=3 if block_m == 16 else 2,
+        num_stages=stages(3 if block_m == 16 else 2),
     )
     _finish(y, partial, x.T.contiguous(), weight, bias)
 

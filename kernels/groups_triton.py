@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from compress.kernels import groups_kernels as kernels
-from compress.kernels import sums
+from compress.kernels import prepared, sums
 from compress.kernels.groups import Groups
 
 PROGRAMS = 528  # a grid of so many gives each of an H200's 132 multiprocessors four
@@ -85,7 +85,7 @@ def linear(x: Tensor, weight: Groups, bias: Tensor | None = None) -> Tensor:
                 SPLIT=split,
                 **tile,
                 num_warps=8 if tile["BLOCK_M"] > 64 else 4,
-                num_stages=3,
+                num_stages=prepared.stages(3),
             )
     y = y[0] if split == 1 else sums.finish(y, bias, x.dtype)
     return y.view(*x.shape[:-1], n)
@@ -101,8 +101,10 @@ def _tiles(weight: Groups, tokens: int, narrow: bool) -> tuple[str, dict[str, in
         where, block_k = "sums", whole
     else:
         where, block_k = "codes", 64 if narrow else 32
-    block_m = min(128 if narrow else 16, max(8, triton.next_power_of_2(tokens)))
-    return where, {"BLOCK_M": block_m, "BLOCK_N": 128 if narrow and block_m <= 16 else 64, "BLOCK_K": block_k}
+    # AMD's matrix instructions take 16 tokens: 8 would be multiplied by more and smaller ones, or by none.
+    block_m = min(128 if narrow else 16, max(16 if prepared.ROCM else 8, triton.next_power_of_2(tokens)))
+    tall = narrow and block_m <= 16 and not prepared.ROCM
+    return where, {"BLOCK_M": block_m, "BLOCK_N": 128 if tall else 64, "BLOCK_K": block_k}
 
 
 def _sizes(weight: Groups) -> tuple[Any, ...]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ROCM = torch.version.hip is not None  # the GPUs are AMD's, which torch calls "cuda" too
+
 
 class Prepared(ABC):
     """What `Scheme.prepare` returns where kernels want another layout than the stored one, or to multiply with it.
@@ -32,6 +34,11 @@ class Prepared(ABC):
 def runs_triton(device: torch.device) -> bool:
     """Whether Triton's kernels run on this device: a GPU of either maker, with Triton installed."""
     return device.type == "cuda" and find_spec("triton") is not None
+
+
+def stages(count: int) -> int:
+    """Of a Triton loop's pipeline: one fewer on AMD's GPUs, where a program has 64 KiB of shared memory."""
+    return count - 1 if ROCM else count
 
 
 def with_input_scale(found: Prepared | None, tensors: dict[str, Tensor]) -> Prepared | None:

@@ -1,6 +1,7 @@
 """What the Triton kernels are compiled as, for GPUs that are not there; and the table of what that takes.
 
-`python tests/compiled_kernels.py` writes benchmarks/results/kernels.json: registers, stack and shared memory.
+`python tests/compiled_kernels.py` writes benchmarks/results/kernels.json: registers, stack and shared memory by target,
+of all kernels. Tests compile fewer of them anew.
 """
 
 import json
@@ -9,21 +10,24 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 TABLE = Path(__file__).parents[1] / "benchmarks/results/kernels.json"
 CAPABILITIES = (80, 90, 100)
-# What the GPU reads (A100: 163 KiB; H100, H200 and B200: 227 KiB) of shared memory for one program.
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+AMD = {"gfx942": 64, "gfx1100": 32}  # MI300 and RDNA 3: the lanes of a warp
+# What the GPU reads (A100: 163 KiB; H100, H200 and B200: 227 KiB; AMD's: 64 KiB) of shared memory for one program.
+SHARED_LIMIT = {"80": 163 << 10, "90": 227 << 10, "100": 227 << 10, **dict.fromkeys(AMD, 64 << 10)}
+# One for few tokens of each file: compiled for RDNA 3 too, and where tests do not compile all, compiled by them.
+CHOSEN = ("gemv, K split", "lookup, 4 bits, 1 token", "bfp, 4 bits", "bitstack, 16 tokens", "int4, 1 token")
 
 
 @dataclass(frozen=True)
 class Kernel:
     """A kernel as its file launches it.
 
-    GEMV kernels are compiled for every capability, the others for Hopper: compiling takes seconds.
+    GEMV kernels are compiled for every capability, the others for Hopper, and all for the MI300.
 
     types: of arguments by name; "i32*" for numbers that are multiples of 16. constants: of the others, dtypes by name.
     """
@@ -251,7 +255,21 @@ GROUPS = {
 KERNELS: dict[str, Kernel] = {**DF11, **LOOKUP, **BFP, **BITSTACK, **GROUPS}
 
 
-def compiled(kernel: Kernel, capability: int) -> Any:
+def targets(name: str) -> list[str]:
+    """Compute capabilities of NVIDIA's GPUs, and names of AMD's."""
+    return [*map(str, KERNELS[name].capabilities), "gfx942", *(["gfx1100"] if name in CHOSEN else [])]
+
+
+def on_amd(kernel: Kernel) -> Kernel:
+    """As its file launches it where torch is for ROCm."""
+    constants = dict(kernel.constants)
+    if (kernel.file, kernel.function) == ("groups_kernels", "product"):
+        constants |= {"BLOCK_M": max(16, constants["BLOCK_M"]), "BLOCK_N": 64}
+    warps = 2 if constants.get("LANES") == 128 else kernel.warps
+    return replace(kernel, constants=constants, warps=warps, stages=kernel.stages - 1)
+
+
+def compiled(kernel: Kernel, target: str) -> Any:
     """What Triton makes of it."""
     from importlib import import_module
 
@@ -260,22 +278,31 @@ def compiled(kernel: Kernel, capability: int) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    if target in AMD:
+        kernel, gpu = on_amd(kernel), GPUTarget("hip", target, AMD[target])
+    else:
+        gpu = GPUTarget("cuda", int(target), 32)
     function = getattr(import_module(f"compress.kernels.{kernel.file}"), kernel.function)
     dtypes = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
     constants = {key: dtypes.get(value, value) for key, value in kernel.constants.items()}
     signature = {name: kernel.types.get(name, "constexpr").rstrip("*") for name in function.arg_names}
     aligned = [name for name, kind in kernel.types.items() if kind.startswith("*") or kind.endswith("*")]
     attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    if target in AMD:  # tensors of less than 2 GiB are read through buffer instructions
+        for name in (name for name, kind in kernel.types.items() if kind.startswith("*")):
+            attributes[(function.arg_names.index(name),)].append(["tt.pointer_range", 32])
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": kernel.warps, "num_stages": kernel.stages}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=gpu, options=options)
 
 
-def resources(kernel: Kernel, capability: int) -> dict[str, int]:
+def resources(kernel: Kernel, target: str) -> dict[str, int]:
     """Registers of a thread, bytes of its stack (what does not fit in registers) and of a program's shared memory."""
     import triton
 
-    found = compiled(kernel, capability)
+    found = compiled(kernel, target)
+    if target in AMD:
+        return {**_of_amd(found.asm["amdgcn"]), "shared": found.metadata.shared}
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(found.asm["cubin"])
@@ -286,10 +313,17 @@ def resources(kernel: Kernel, capability: int) -> dict[str, int]:
     return {"registers": int(numbers[1]), "stack": int(numbers[2]), "shared": found.metadata.shared}
 
 
+def _of_amd(assembly: str) -> dict[str, int]:
+    """Its vector registers, how many of them are spilled, and bytes of a thread's stack."""
+    keys = {"registers": "vgpr_count", "spilled": "vgpr_spill_count", "stack": "private_segment_fixed_size"}
+    found = {name: re.search(rf"^ *\.{key}: +(\d+)$", assembly, re.MULTILINE) for name, key in keys.items()}
+    return {name: int(match[1]) for name, match in found.items() if match}
+
+
 def write_table() -> None:
     import triton
 
-    kernels = {name: {str(cc): resources(k, cc) for cc in k.capabilities} for name, k in KERNELS.items()}
+    kernels = {name: {target: resources(k, target) for target in targets(name)} for name, k in KERNELS.items()}
     TABLE.write_text(json.dumps({"triton": triton.__version__, "kernels": kernels}, indent=1) + "\n")
 
 
