@@ -2,12 +2,13 @@
 
     python benchmarks/gpu.py [--device cuda] [--json FILE] [--seconds 450] [--small]
 
-First each scheme's `linear` and `decode` on the device are compared with its `decode` on the CPU in float64. Then each
-is timed beside `F.linear` in bf16, and beside bitsandbytes, torch's own int4 kernel and gemlite where they can be
-imported: all in turn in every round, medians, CUDA graphs with one call for each of so many copies of the weight that
-together they exceed the L2 cache. The roofline is the time that reading weight and x and writing y takes at the speed
-of a copy, measured in the same run. Last, tokens per second of a randomly initialised Llama of 1.1 B parameters, one
-decoding step as a CUDA graph. What fails is reported in its place, and the others go on.
+First each scheme's `linear` and `decode` on the device are compared with its `decode` on the CPU in float64, and a
+token's decoding by a Llama as a CUDA graph with the same without one. Then each is timed beside `F.linear` in bf16,
+and beside bitsandbytes, torch's own int4 kernel and gemlite where they can be imported: all in turn in every round,
+medians, CUDA graphs with one call for each of so many copies of the weight that together they exceed the L2 cache. The
+roofline is the time that reading weight and x and writing y takes at the speed of a copy, measured in the same run.
+Last, tokens per second of a randomly initialised Llama of 1.1 B parameters, one decoding step as a CUDA graph. What
+fails is reported in its place, and the others go on.
 
 Weights that take long to encode are not encoded: their tensors are random bits of the shapes that the scheme stores.
 """
@@ -21,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +71,10 @@ BATCHES, CONTEXT = (1, 16), 64
 Row = dict[str, Any]
 
 
-def message(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+def message(error: BaseException) -> str:
+    """With what it came after: of a graph that could not be captured, torch raises last what says least."""
+    said = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    return said if error.__context__ is None else f"{said}; after {message(error.__context__)}"
 
 
 def together(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
@@ -94,6 +98,20 @@ def lost(device: str) -> bool:
     except RuntimeError:
         return True
     return False
+
+
+def captured(function: Callable[[], Any]) -> tuple[Any, Any]:
+    """A CUDA graph of what function does, and what it returned, which every replay writes anew."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # where torch wants the first run to be
+        function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.current_stream()):  # a capture that fails leaves its own stream behind
+        with torch.cuda.graph(graph):
+            found = function()
+    return graph, found
 
 
 # What is checked ------------------------------------------------------------------------------------------------------
@@ -173,14 +191,7 @@ class Candidate:
         all_of_them()  # compiles
         if self.device == "cpu":
             return lambda: 1e6 * elapsed(all_of_them) / len(calls)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            all_of_them()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            all_of_them()
+        graph, _ = captured(all_of_them)
         return lambda: on_events(graph.replay) / len(calls)
 
 
@@ -326,61 +337,93 @@ def measure(
 # A whole model --------------------------------------------------------------------------------------------------------
 
 
-def llama(device: str, small: bool) -> Any:
+def llama(device: str, small: bool, layers: int = LLAMA["num_hidden_layers"]) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {**LLAMA, **HEADS}
+    sizes = {**LLAMA, **HEADS, "num_hidden_layers": layers}
     if small:
-        sizes |= {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+        sizes |= {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": min(layers, 2)}
         sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(0)
     with torch.device(device):
         return LlamaForCausalLM(LlamaConfig(**sizes)).bfloat16().eval()
 
 
-def replaced(model: Any, scheme: Any, device: str) -> list[tuple[Any, str, Any]]:
-    """Puts compressed layers, of random bits, in the place of those in the decoder's blocks. Returns the old ones."""
-    old = []
+@contextmanager
+def replaced(model: Any, scheme: Any, device: str) -> Iterator[None]:
+    """Compressed layers, of random bits, in the place of those in the decoder's blocks. scheme: None for none."""
+    linears = [(path, m) for path, m in model.model.layers.named_modules() if isinstance(m, torch.nn.Linear)]
     stored: dict[tuple[int, int], dict[str, Tensor]] = {}
-    for path, linear in list(model.model.layers.named_modules()):
-        if isinstance(linear, torch.nn.Linear):
-            parent, _, name = path.rpartition(".")
+    try:
+        for path, linear in linears if scheme else ():
             shape = (linear.out_features, linear.in_features)
             fitted = scheme.fit(shape).for_dtype(torch.bfloat16)
             if shape not in stored:
                 stored[shape] = tensors_of(fitted, shape, device)
             tensors = {local: tensor.clone() for local, tensor in stored[shape].items()}
-            owner = model.model.layers.get_submodule(parent)
-            old.append((owner, name, linear))
-            setattr(owner, name, CompressedLinear(fitted, shape, tensors))
-    return old
+            model.model.layers.set_submodule(path, CompressedLinear(fitted, shape, tensors))
+        yield
+    finally:
+        for path, linear in linears:
+            model.model.layers.set_submodule(path, linear)
 
 
-def tokens_per_second(model: Any, batch: int, device: str) -> float:
-    """Of decoding, one token for each of `batch` sequences with CONTEXT tokens before it."""
+def decoding(model: Any, batch: int, device: str) -> tuple[Callable[[], Tensor], Tensor]:
+    """What gives the logits of one token for each of `batch` sequences with CONTEXT tokens before it; those tokens."""
     from transformers import DynamicCache
 
     ids = torch.randint(0, model.config.vocab_size, (batch, CONTEXT), device=device)
     past = model(ids, past_key_values=DynamicCache(), use_cache=True).past_key_values
     held = [(layer.keys.clone(), layer.values.clone()) for layer in past.layers]
     position = torch.tensor([[CONTEXT]], device=device).expand(batch, 1)
+    tokens = ids[:, :1].clone()
 
-    def step() -> None:
+    def step() -> Tensor:
         for layer, (keys, values) in zip(past.layers, held, strict=True):
             layer.keys, layer.values = keys, values
-        model(ids[:, :1], past_key_values=past, position_ids=position, use_cache=True)
+        logits: Tensor = model(tokens, past_key_values=past, position_ids=position, use_cache=True).logits
+        return logits
 
+    return step, tokens
+
+
+def check_graph(model: Any, device: str) -> Row:
+    """Relative error of the logits that a CUDA graph of decoding gives for another token than it saw first."""
+    step, token = decoding(model, 1, device)
+    token.fill_(0)
+    step()  # compiles
+    graph, found = captured(step)
+    token.fill_(1)
+    want = step().double()
+    graph.replay()
+    error = ((found.double() - want).norm() / want.norm()).item()
+    return {"error": error, "passed": error < 2**-7}  # a NaN is not less
+
+
+def graph_checks(device: str, small: bool) -> dict[str, Row]:
+    """What `check_graph` found of every scheme in a Llama of one layer, printed too."""
+    model, found = llama(device, small, layers=1), {}
+    for name, scheme in SCHEMES.items():
+        try:
+            with replaced(model, scheme, device):
+                row = check_graph(model, device)
+        except Exception as error:
+            row = {"passed": False, "failed": message(error)}
+            if lost(device):
+                raise
+        said = row.get("failed") or f"error {row['error']:.1e}"
+        print(f"{'ok   ' if row['passed'] else 'WRONG'} {name} as a CUDA graph: {said}", flush=True)
+        found[name] = row
+    return found
+
+
+def tokens_per_second(model: Any, batch: int, device: str) -> float:
+    """Of decoding, one token for each of `batch` sequences."""
+    step, _ = decoding(model, batch, device)
     step()
     if device == "cpu":
         return batch / statistics.median(elapsed(step) for _ in range(3))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    graph, _ = captured(step)
     return batch * 1e6 / statistics.median(on_events(graph.replay, 50_000) for _ in range(3))
 
 
@@ -390,18 +433,15 @@ def whole_model(device: str, small: bool, until: float) -> list[Row]:
         if time.monotonic() > until:
             rows.append({"model": "1.1B Llama", "scheme": name, "failed": "not measured: no time was left"})
             continue
-        old = []
         try:
-            old = replaced(model, scheme, device) if scheme else []
-            for batch in BATCHES:
-                speed = tokens_per_second(model, batch, device)
-                rows.append({"model": "1.1B Llama", "batch": batch, "scheme": name, "tokens_per_second": speed})
+            with replaced(model, scheme, device):
+                for batch in BATCHES:
+                    speed = tokens_per_second(model, batch, device)
+                    rows.append({"model": "1.1B Llama", "batch": batch, "scheme": name, "tokens_per_second": speed})
         except Exception as error:
             rows.append({"model": "1.1B Llama", "scheme": name, "failed": message(error)})
             if lost(device):
                 break
-        for owner, path, linear in old:
-            setattr(owner, path, linear)
     return rows
 
 
@@ -477,7 +517,8 @@ def main() -> None:
     torch.set_grad_enabled(False)
     device, until = arguments.device, time.monotonic() + arguments.seconds
     shapes, tokens = (((256, 512),), (1, 16)) if arguments.small else (SHAPES, TOKENS)
-    report: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "checks": {}, "rows": []}
+    report: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "rows": []}
+    report |= {"checks": {}, "graphs": {}}
     report["device"] = "CPU" if device == "cpu" else torch.cuda.get_device_name(device)
     report["copy_gb_s"] = bandwidth(device, arguments.small)
     print(f"{report['device']}, torch {torch.__version__}, {report['date']}, copy {report['copy_gb_s']:.0f} GB/s\n")
@@ -490,6 +531,9 @@ def main() -> None:
     try:
         report["checks"] = checks(device)
         save()
+        if device != "cpu":
+            report["graphs"] = graph_checks(device, arguments.small)
+            save()
         model_until = until - 0.25 * arguments.seconds  # what is left is the model's
         for shape in shapes:
             time_shape(shape, tokens, device, report, model_until)
@@ -499,7 +543,7 @@ def main() -> None:
     finally:
         save()
     print(f"{arguments.seconds - (until - time.monotonic()):.0f} s")
-    sys.exit(not all(row["passed"] for row in report["checks"].values()))
+    sys.exit(not all(row["passed"] for kind in ("checks", "graphs") for row in report[kind].values()))
 
 
 if __name__ == "__main__":
