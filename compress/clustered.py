@@ -116,7 +116,7 @@ class Clustered(Scheme):
         return found or super().prepare(tensors)
 
     def product(self, tensors: Tensors) -> Product | None:
-        if self.bits != 4 or self.nested or self.codebook not in ("learned", "nf"):
+        if self.nested or self.codebook not in ("learned", "nf"):
             return None
         like, indices = tensors["like"], tensors["indices"]
         shape = (like.shape[1], like.shape[2])

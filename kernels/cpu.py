@@ -145,16 +145,17 @@ def tables(
     high_first: bool = False,
     factor: float = 1.0,
 ) -> Product | None:
-    """For weights level[code] * scale * factor of 4 bits, as `cpu_codes.tables` takes them; None where it does not.
+    """For weights level[code] * scale * factor, as `cpu_codes.tables` takes them; None where it does not.
 
-    levels: (n, 16) floats, each for `rows` rows, 0 for all. scales: (shape[0], groups), or None for 1. They are stored
-    as 16-bit integers, in units of a power of two: off by less than 2**-15 of the largest.
+    levels: (n, 2**bits) floats, each for `rows` rows, 0 for all. scales: (shape[0], groups), or None for 1. Levels are
+    stored as 16-bit integers, in units of a power of two: off by less than 2**-15 of the largest.
     """
-    single = scales is None or scales.shape[1] == 1
-    if packed.device.type != "cpu" or cpu_codes.table_unit(cpu_codes.TABLE_GROUP if single else group_size) is None:
+    bits, single = levels.shape[1].bit_length() - 1, scales is None or scales.shape[1] == 1
+    unit = cpu_codes.table_unit(cpu_codes.TABLE_GROUP if single else group_size, bits)
+    if packed.device.type != "cpu" or unit is None:
         return None
     rows, groups = rows or shape[0], -(-shape[1] // group_size)
-    whole = packed.nbytes % max(1, shape[0]) == 0 and packed.nbytes // max(1, shape[0]) >= -(-shape[1] // 2)
+    whole = packed.nbytes % max(1, shape[0]) == 0 and 8 * packed.nbytes // max(1, shape[0]) >= shape[1] * bits
     known = len(levels) == -(-shape[0] // rows) if rows else False
     if not whole or not known or (scales is not None and scales.shape != (shape[0], groups)):
         return None  # decoding says what is wrong
@@ -163,8 +164,8 @@ def tables(
     if not bool(largest.isfinite().all()) or (scales is not None and not _sound(scales, 0)):
         return None
     units = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 15)
-    books = (levels / units).round().clamp(-32768, 32767).to(torch.int16).view(torch.uint8).view(-1, 16, 2)
-    books = books.transpose(1, 2).reshape(-1, 32).contiguous()
+    books = (F.pad(levels, (0, max(0, 16 - (1 << bits)))) / units).round().clamp(-32768, 32767).to(torch.int16)
+    books = books.view(torch.uint8).view(len(books), -1, 2).transpose(1, 2).flatten(1).contiguous()
     share = (rows, rows) if scales is None else (1, rows)
     if scales is None:
         scales = units
@@ -173,13 +174,13 @@ def tables(
     steps = scales.float() if scales.dtype == torch.float16 else scales
     codes = packed.contiguous().view(torch.uint8).view(shape[0], -1)
 
-    multiply = cpu_codes.tables(codes, steps, books, share, group_size, shape[1], high_first)
+    multiply = cpu_codes.tables(codes, steps, books, share, bits, group_size, shape[1], high_first)
 
     def run(x: Tensor) -> Tensor | None:
         y = multiply(x)
         return y if y is None or factor == 1 else y.mul_(factor)
 
-    return Product(f"tables of 16 in groups of {16 if group_size == 16 else 32}", shape, run)
+    return Product(f"tables of {1 << bits} in groups of {16 if group_size == 16 else 32}", shape, run)
 
 
 def e4m3(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Product | None:

@@ -1,4 +1,4 @@
-"""Products with packed weights on the CPU, read as they are stored: integers in groups, and tables of 16 numbers.
+"""Products with packed weights on the CPU, read as they are stored: integers in groups, and tables of numbers.
 
 Codes become integers of 16 bits in registers, and are multiplied with activations of 16 bits (`cpu_activations`); sums
 are exact up to the end of a unit of columns, and are then scaled in float32.
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compress.formats.compiled import jit
 from compress.formats.threads import in_threads
-from compress.kernels import simd
+from compress.kernels import cpu_tables, simd
 from compress.kernels.cpu_activations import quantize, together
 from compress.kernels.cpu_row import (
     BFLOAT16,
@@ -53,10 +53,10 @@ def integer_unit(bits: int, group_size: int) -> int | None:
     return next((size for size in (MOST_UNIT, MOST_UNIT // 2, least) if group_size % size == 0 and size >= least), None)
 
 
-def table_unit(group_size: int) -> int | None:
-    """As `integer_unit`, for codes of 4 bits that are looked up."""
-    size = 4 * simd.lanes()
-    suits = group_size % 16 == 0 and (size % group_size == 0 or group_size % size == 0)
+def table_unit(group_size: int, bits: int = 4) -> int | None:
+    """As `integer_unit`, for codes that are looked up. Only 4 bits have an order of columns for smaller groups."""
+    size = cpu_tables.unit(simd.lanes())
+    suits = group_size % size == 0 or (bits == 4 and group_size % 16 == 0 and size % group_size == 0)
     return size if suits and simd.has_tables() else None
 
 
@@ -87,25 +87,27 @@ def tables(
     scales: Tensor,
     books: Tensor,
     rows: tuple[int, int],
+    bits: int,
     group_size: int,
     columns: int,
-    high_first: bool,
+    high_first: bool = False,
 ) -> Multiply:
     """A product with W = book[code] * scale.
 
-    packed: (height, bytes) uint8, two codes each, the first in the low bits unless high_first. scales: (n, groups)
-    fp32, bf16 or E4M3, not negative; or uint8 e for 2**(e - 127). books: (m, 32) uint8, the lower and the higher bytes
-    of 16 int16. rows: that share scales, and a book. group_size: `table_unit` takes it; a single group may be of any
-    size.
+    packed: (height, bytes) uint8, `bits` bits for each column, low bits first unless high_first, which 4 bits can be.
+    scales: (n, groups) fp32, bf16 or E4M3, not negative; or uint8 e for 2**(e - 127). books: (m, 2 n) uint8, the lower
+    and the higher bytes of n int16, n = max(16, 2**bits). rows: that share scales, and a book. group_size: `table_unit`
+    takes it; a single group may be of any size.
     """
     lanes = simd.lanes()
     if scales.shape[1] == 1:
         group_size = -(-columns // (4 * lanes)) * 4 * lanes
-    size = table_unit(group_size)
+    size = table_unit(group_size, bits)
     if size is None:
-        raise ValueError(f"groups of {group_size} values have no table kernel here")
-    layout = Layout(4, group_size, size, lanes, _SCALES[scales.dtype], TABLES, 0, 1)
-    return _product(layout, packed, scales, books, rows, _nibble_order(columns, lanes, high_first), TABLE_LIMIT)
+        raise ValueError(f"groups of {group_size} values of {bits} bits have no table kernel here")
+    layout = Layout(bits, group_size, size, lanes, _SCALES[scales.dtype], TABLES, 0, 1)
+    order = cpu_tables.order(columns, lanes, bits, high_first)
+    return _product(layout, packed, scales, books, rows, order, TABLE_LIMIT)
 
 
 def _product(
@@ -141,14 +143,6 @@ def _field_order(columns: int, count: int, lanes: int, size: int) -> Any:
     """Field j of lane l of a vector is column count * l + j; the vectors of the fields follow one another."""
     padded = -(-columns // size) * size
     return np.arange(padded).reshape(-1, lanes, count).transpose(0, 2, 1).reshape(-1).copy()
-
-
-@cache
-def _nibble_order(columns: int, lanes: int, high_first: bool) -> Any:
-    """Byte 16 p + 8 h + i has two columns; vectors are by nibble n, then by h, and have lanes 8 p + i."""
-    padded = -(-columns // (4 * lanes)) * 4 * lanes
-    split = np.arange(padded).reshape(-1, lanes // 8, 2, 8, 2)
-    return (split[..., ::-1] if high_first else split).transpose(0, 4, 2, 1, 3).reshape(-1).copy()
 
 
 @cache

@@ -9,7 +9,7 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from compress.formats.compiled import intrinsic
-from compress.kernels import simd
+from compress.kernels import cpu_tables, simd
 from compress.kernels.simd import constant, f32, i8, i16, i32, integer, load, splat, vector
 
 BFLOAT16, FLOAT32, POWER, E4M3 = range(4)  # what scales are stored as; POWER: the byte e stands for 2**(e - 127)
@@ -70,7 +70,9 @@ class _Row:
         self.words = vector(i16, layout.lanes)
         self.sums = vector(i32, layout.lanes // 2)
         self.floats = vector(f32, layout.lanes // 2)
-        self.tables = self._tables() if layout.codes == TABLES else []
+        self.tables: list[list[Any]] = []
+        if layout.codes == TABLES:
+            self.tables = cpu_tables.tables(builder, self.others, self.other, layout.bits, layout.lanes)
 
     def product(self) -> list[Any]:
         """The sums of each token."""
@@ -115,6 +117,12 @@ class _Row:
             return start
         return builder.mul(start, builder.zext(self._of_groups(self.others, self.other, i8, unit), self.sums))
 
+    def _looked_up(self, unit: Any) -> list[Any]:
+        """What the codes of a unit stand for, in the order that `cpu_tables` has."""
+        builder, layout = self.builder, self.layout
+        at = builder.add(self.at, self._times(unit, layout.unit * layout.bits // 8))
+        return cpu_tables.looked_up(builder, self.tables, self.codes, at, layout.bits, layout.lanes)
+
     def _codes(self, unit: Any) -> list[Any]:
         """The codes of a unit, in the order that `cpu_codes` has."""
         builder, layout = self.builder, self.layout
@@ -137,37 +145,11 @@ class _Row:
         """As many codes as there are lanes, where eight of them fill `bits` bytes: each code's two bytes, shifted."""
         builder, bits, octets = self.builder, self.layout.bits, self.layout.lanes // 8
         parts = [load(builder, self.codes, vector(i8, 16), builder.add(at, integer(bits * i))) for i in range(octets)]
-        while len(parts) > 1:
-            parts = [_join(builder, low, high) for low, high in zip(parts[::2], parts[1::2], strict=True)]
         starts = [bits * i for i in range(8)]
         pairs = [16 * o + byte for o in range(octets) for start in starts for byte in (start // 8, start // 8 + 1)]
-        words = builder.bitcast(simd.shuffle(builder, parts[0], pairs), self.words)
+        words = builder.bitcast(simd.shuffle(builder, simd.join(builder, parts), pairs), self.words)
         lifts = [1 << (16 - bits - start % 8) for start in starts] * octets
         return builder.lshr(builder.mul(words, constant(self.words, lifts)), constant(self.words, 16 - bits))
-
-    def _tables(self) -> list[Any]:
-        """The lower and the higher bytes of a row's table, for each 16 lanes."""
-        builder, order = self.builder, list(range(16)) * (self.layout.lanes // 8)
-        parts = [load(builder, self.others, vector(i8, 16), builder.add(self.other, integer(i))) for i in (0, 16)]
-        return [simd.shuffle(builder, part, order) for part in parts]
-
-    def _looked_up(self, unit: Any) -> list[Any]:
-        """What the 4-bit codes of a unit stand for: of the low nibbles the bytes 0..7 and 8..15 of each 16, then of
-        the high ones."""
-        builder, count = self.builder, 2 * self.layout.lanes
-        at = builder.add(self.at, self._times(unit, count))
-        for line in range(0, count, 64):
-            simd.prefetch(builder, self.codes, builder.add(at, integer(simd.AHEAD + line)))
-        words, found = load(builder, self.codes, self.words, at), []
-        for shift in (0, 4):
-            nibbles = builder.lshr(words, constant(self.words, shift)) if shift else words
-            nibbles = builder.bitcast(builder.and_(nibbles, constant(self.words, 0x0F0F)), vector(i8, count))
-            low, high = (simd.look_up(builder, table, nibbles) for table in self.tables)
-            for half in (0, 8):
-                bytes_ = [16 * (i // 8) + half + i % 8 for i in range(count // 2)]
-                pairs = constant(vector(i32, count), [i + source for i in bytes_ for source in (0, count)])
-                found.append(builder.bitcast(builder.shuffle_vector(low, high, pairs), self.words))
-        return found
 
     def _scale(self, unit: Any, odd: int = 0) -> Any:
         """Of each lane's group."""
@@ -204,8 +186,3 @@ class _Row:
 
     def _times(self, value: Any, factor: int) -> Any:
         return self.builder.mul(value, integer(factor))
-
-
-def _join(builder: Any, low: Any, high: Any) -> Any:
-    """Two vectors, one behind the other."""
-    return builder.shuffle_vector(low, high, constant(vector(i32, 2 * low.type.count), range(2 * low.type.count)))

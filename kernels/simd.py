@@ -69,6 +69,14 @@ def shuffle(builder: Any, values: Any, order: Any) -> Any:
     return builder.shuffle_vector(values, nothing, constant(vector(i32, len(order)), order))
 
 
+def join(builder: Any, parts: list[Any]) -> Any:
+    """Vectors, one behind the other; as many as a power of two."""
+    while len(parts) > 1:
+        order = constant(vector(i32, 2 * parts[0].type.count), range(2 * parts[0].type.count))
+        parts = [builder.shuffle_vector(*pair, order) for pair in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
 def splat(builder: Any, value: Any, count: int) -> Any:
     """A number in every lane."""
     one = ir.Constant(vector(value.type, 1), ir.Undefined)

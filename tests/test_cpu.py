@@ -31,7 +31,11 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("int4", {"bits": 3, "group_size": 128, "symmetric": False, "method": "rtn"}),
     ("int8", {"group_size": 4096}),
     *(("bfp", {"mantissa_bits": bits, "method": "rtn"}) for bits in (3, 4)),
-    *(("kmeans", {"method": "rtn", "granularity": g}) for g in ("channel", "tensor", "group")),
+    *(
+        ("kmeans", {"method": "rtn", "granularity": granularity, "bits": bits})
+        for bits in range(1, 9)
+        for granularity in ("channel", "tensor", "group")
+    ),
     ("kmeans", {"method": "rtn", "scale": True, "entries": "int8"}),
     ("kmeans", {"method": "rtn", "codebook": "nf", "block_size": 32}),
     ("bitstack", {"blocks": 2, "scaling": "none"}),
