@@ -40,7 +40,7 @@ CASES: dict[str, Scheme] = {
     "int6": make("int4", {**RTN, "bits": 6}),
     "int8, groups of 128": make("int8"),
     "bfp, 4 bits": make("bfp", RTN),
-    "kmeans, 4 bits": make("kmeans", RTN),
+    **{f"kmeans, {bits} bits": make("kmeans", {**RTN, "bits": bits}) for bits in (2, 3, 4, 5, 6, 8)},
     "nf4": make("nf4"),
     "mxfp4": make("mxfp4", RTN),
     "nvfp4": make("nvfp4", RTN),

@@ -124,6 +124,8 @@ class Clustered(Scheme):
             levels = datatypes.levels(self.codebook, self.bits)
             return cpu.tables(indices, tensors["scale"], levels, self.block_size, shape)
         books, rows, _ = self.levels(tensors, *shape)
+        if books.shape[2] != 1 << self.bits:
+            return None  # decoding says what is wrong
         return cpu.tables(indices, None, codebooks.cast(books[:, 0], like.dtype), shape[1], shape, rows)
 
     def recode(self, tensors: Tensors, **options: Any) -> tuple[Scheme, Tensors]:

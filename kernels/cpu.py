@@ -152,7 +152,7 @@ def tables(
     """
     bits, single = levels.shape[1].bit_length() - 1, scales is None or scales.shape[1] == 1
     unit = cpu_codes.table_unit(cpu_codes.TABLE_GROUP if single else group_size, bits)
-    if packed.device.type != "cpu" or unit is None:
+    if packed.device.type != "cpu" or unit is None or levels.shape[1] != 1 << bits:
         return None
     rows, groups = rows or shape[0], -(-shape[1] // group_size)
     whole = packed.nbytes % max(1, shape[0]) == 0 and 8 * packed.nbytes // max(1, shape[0]) >= shape[1] * bits

@@ -37,6 +37,7 @@ from compress.kernels.cpu_row import (
 LIMIT = 32767
 TABLE_LIMIT = 8191  # eight products with numbers of 16 bits fit into 32
 MOST_UNIT = 128  # columns whose products are added before they are scaled
+WHOLE = 1 << 30  # the size of a single group, so that rows of any length have the same loop
 ROWS, COLUMNS = 16, 2048  # a part of the weight that stays in the cache for all tokens
 _SCALES = {torch.bfloat16: BFLOAT16, torch.float32: FLOAT32, torch.uint8: POWER, torch.float8_e4m3fn: E4M3}
 _WORDS = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}
@@ -71,7 +72,7 @@ def integers(
     """
     half = 1 << (bits - 1)
     if scales.shape[1] == 1:
-        group_size = -(-columns // MOST_UNIT) * MOST_UNIT * fields(bits)
+        group_size = WHOLE
     size = integer_unit(bits, group_size)
     if size is None:
         raise ValueError(f"groups of {group_size} values of {bits} bits have no kernel here")
@@ -101,7 +102,7 @@ def tables(
     """
     lanes = simd.lanes()
     if scales.shape[1] == 1:
-        group_size = -(-columns // (4 * lanes)) * 4 * lanes
+        group_size = WHOLE
     size = table_unit(group_size, bits)
     if size is None:
         raise ValueError(f"groups of {group_size} values of {bits} bits have no table kernel here")

@@ -1,7 +1,7 @@
 """Codes of 1 to 8 bits that are looked up in registers: packed codes in, int16 levels out, for `cpu_row`.
 
-Codes become bytes, whose low four bits choose from tables of 16; the bits above choose between what those gave. The two
-bytes of a level are looked up apart.
+Codes become bytes, whose low four bits choose from parts of 16 of a table; all parts are asked, and those that a code
+does not reach give nothing. The two bytes of a level are looked up apart.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import numpy as np
 
 from compress.kernels import simd
 from compress.kernels.simd import constant, i8, i16, i32, integer, load, shuffle, vector
+
+HALF = 8  # parts of a table: as far as the sign of a byte tells which of them a code reaches
 
 
 def unit(lanes: int) -> int:
@@ -38,12 +40,14 @@ def order(columns: int, lanes: int, bits: int, high_first: bool) -> Any:
 
 
 def tables(builder: Any, source: Any, at: Any, bits: int, lanes: int) -> list[list[Any]]:
-    """A row's tables of 16 bytes: of the lower bytes of its levels, and of the higher ones."""
-    found, count = [], entries(bits)
-    for start in range(0, 2 * count, 16):
-        part = load(builder, source, vector(i8, 16), builder.add(at, integer(start)))
-        found.append(shuffle(builder, part, list(range(16)) * (lanes // 8)))
-    return [found[: count // 16], found[count // 16 :]]
+    """A row's tables, of the lower bytes of its levels and of the higher ones, in parts of 16. After the first of a
+    half, each is what has to be added to the one before, where to add is exclusive or."""
+    found, count = [], entries(bits) // 16
+    for number in range(2 * count):
+        found.append(load(builder, source, vector(i8, 16), builder.add(at, integer(16 * number))))
+    steps = [builder.xor(part, found[i - 1]) if i % count % HALF else part for i, part in enumerate(found)]
+    wide = [shuffle(builder, part, list(range(16)) * (lanes // 8)) for part in steps]
+    return [wide[:count], wide[count:]]
 
 
 def looked_up(builder: Any, books: list[list[Any]], codes: Any, at: Any, bits: int, lanes: int) -> list[Any]:
@@ -57,7 +61,7 @@ def looked_up(builder: Any, books: list[list[Any]], codes: Any, at: Any, bits: i
     else:
         starts = [builder.add(at, integer(v * lanes * bits // 4)) for v in (0, 1)]
         numbers = [_straddling(builder, codes, start, bits, lanes) for start in starts]
-    return [level for number in numbers for level in _levels(builder, books, number, bits)]
+    return _levels(builder, books, numbers)
 
 
 def _fields(builder: Any, codes: Any, at: Any, bits: int, lanes: int) -> list[Any]:
@@ -89,27 +93,33 @@ def _straddling(builder: Any, codes: Any, at: Any, bits: int, lanes: int) -> Any
     return builder.bitcast(builder.or_(*found), vector(i8, 2 * lanes))
 
 
-def _levels(builder: Any, books: list[list[Any]], codes: Any, bits: int) -> list[Any]:
-    """Of the bytes 0..7 of each 16, then of the others."""
-    count = codes.type.count
-    index = builder.and_(codes, constant(codes.type, 0x7F)) if bits == 8 else codes
-    low, high = (_chosen(builder, book, codes, index, bits) for book in books)
-    found = []
-    for half in (0, 8):
-        bytes_ = [16 * (i // 8) + half + i % 8 for i in range(count // 2)]
-        pairs = constant(vector(i32, count), [i + source for i in bytes_ for source in (0, count)])
-        found.append(builder.bitcast(builder.shuffle_vector(low, high, pairs), vector(i16, count // 2)))
+def _levels(builder: Any, books: list[list[Any]], numbers: list[Any]) -> list[Any]:
+    """Of each vector of codes: of the bytes 0..7 of each 16, then of the others."""
+    count, found = numbers[0].type.count, []
+    for low, high in _bytes(builder, books, numbers):
+        for half in (0, 8):
+            bytes_ = [16 * (i // 8) + half + i % 8 for i in range(count // 2)]
+            pairs = constant(vector(i32, count), [i + source for i in bytes_ for source in (0, count)])
+            found.append(builder.bitcast(builder.shuffle_vector(low, high, pairs), vector(i16, count // 2)))
     return found
 
 
-def _chosen(builder: Any, book: list[Any], codes: Any, index: Any, bits: int) -> Any:
-    """The bytes that a part of a table has for codes, of whose bits `bits` count."""
-    if len(book) == 1:
-        return simd.look_up(builder, book[0], index)
-    half = len(book) // 2
-    low, high = (_chosen(builder, part, codes, index, bits - 1) for part in (book[:half], book[half:]))
-    words = vector(i16, codes.type.count // 2)  # no machine shifts bytes
-    lifted = builder.shl(builder.bitcast(codes, words), constant(words, 8 - bits))
-    return builder.select(
-        builder.icmp_signed("<", builder.bitcast(lifted, codes.type), constant(codes.type, 0)), high, low
-    )
+def _bytes(builder: Any, books: list[list[Any]], numbers: list[Any]) -> list[list[Any]]:
+    """What tables have for codes: the sum of what their parts have for all codes that reach them, as an index below
+    zero finds nothing; of each half of 256, which is then chosen. Vectors take turns: the parts do not all fit into
+    registers."""
+    kind = numbers[0].type
+    halves = [book[start : start + HALF] for book in books for start in range(0, len(book), HALF)]
+    whole = len(halves) == len(books)
+    indices = numbers if whole else [builder.and_(number, constant(kind, 0x7F)) for number in numbers]
+    sums = [[constant(kind, 0)] * len(halves) for _ in numbers]
+    for place, parts in enumerate(zip(*halves, strict=True)):
+        if place:
+            indices = [builder.sub(index, constant(kind, 16)) for index in indices]
+        for v, index in enumerate(indices):
+            found = [simd.look_up(builder, part, index) for part in parts]
+            sums[v] = [builder.xor(*pair) for pair in zip(sums[v], found, strict=True)]
+    if whole:
+        return sums
+    above = [builder.icmp_signed("<", number, constant(kind, 0)) for number in numbers]
+    return [[builder.select(a, s[i + 1], s[i]) for i in (0, 2)] for a, s in zip(above, sums, strict=True)]

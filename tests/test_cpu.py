@@ -31,11 +31,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("int4", {"bits": 3, "group_size": 128, "symmetric": False, "method": "rtn"}),
     ("int8", {"group_size": 4096}),
     *(("bfp", {"mantissa_bits": bits, "method": "rtn"}) for bits in (3, 4)),
-    *(
-        ("kmeans", {"method": "rtn", "granularity": granularity, "bits": bits})
-        for bits in range(1, 9)
-        for granularity in ("channel", "tensor", "group")
-    ),
+    *(("kmeans", {"method": "rtn", "granularity": g}) for g in ("channel", "tensor", "group")),
+    *(("kmeans", {"method": "rtn", "bits": bits}) for bits in (2, 3, 8)),
+    ("kmeans", {"method": "rtn", "codebook": "nf", "bits": 3}),
     ("kmeans", {"method": "rtn", "scale": True, "entries": "int8"}),
     ("kmeans", {"method": "rtn", "codebook": "nf", "block_size": 32}),
     ("bitstack", {"blocks": 2, "scaling": "none"}),
@@ -93,6 +91,36 @@ def test_planes_of_any_width_are_summed_up_once(columns: int) -> None:
             assert prepared.product is not None and error(scheme.linear(x, prepared), wanted) < 1e-5
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_levels_of_every_width_are_those_of_their_columns(bits: int) -> None:
+    """Rows and columns that fill no vector, and codes that end in the middle of a byte."""
+    for granularity, shape in itertools.product(("channel", "tensor", "group"), [(1, 1), (2, 37), (19, 131), (70, 64)]):
+        options = {"method": "rtn", "bits": bits, "granularity": granularity}
+        scheme, tensors = stored("kmeans", shape, torch.float32, **options)
+        words = tensors["indices"].shape
+        tensors["indices"] = torch.randint(-(1 << 31), (1 << 31) - 1, words, dtype=torch.int32)  # every code
+        prepared, decoded = scheme.prepare(tensors), scheme.decode(tensors).double()
+        assert prepared.product is not None
+        for first in range(0, shape[1], 3):
+            x = torch.zeros(min(3, shape[1] - first), shape[1])
+            x[range(len(x)), range(first, first + len(x))] = 1.0
+            found = scheme.linear(x, prepared).double()
+            assert float((found - decoded[:, first : first + 3].T).abs().max()) <= BOUND * float(decoded.abs().max())
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+def test_levels_and_inputs_of_every_dtype_and_inputs_that_are_not_finite(bits: int) -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        scheme, tensors = stored("kmeans", (19, 131), dtype, method="rtn", bits=bits)
+        prepared, x = scheme.prepare(tensors), gaussian(3, 131, dtype=dtype)
+        wanted = F.linear(x.double(), scheme.decode(tensors).double())
+        bound = {torch.bfloat16: 2**-8, torch.float16: 2**-10}.get(dtype, BOUND)
+        assert error(scheme.linear(x, prepared), wanted) < bound
+        x[1, 5] = torch.nan
+        assert prepared.product.run(x) is None
+        assert scheme.linear(x, prepared).isnan().all(1).tolist() == [False, True, False]
+
+
 @pytest.mark.parametrize("shape", [(9, 512), (35, 416), (7, 1003)])
 def test_fixed_codes_lose_nothing_but_the_order_of_the_sums(shape: tuple[int, int]) -> None:
     weight = gaussian(*shape) * 0.02
@@ -135,7 +163,8 @@ def test_many_tokens_get_the_bits_that_the_original_gives_them(monkeypatch: pyte
     [
         ("int4", {"method": "rtn"}, "weight_packed"),
         ("int4", {"method": "rtn"}, "weight_scale"),
-        ("kmeans", {"method": "rtn"}, "indices"),
+        *(("kmeans", {"method": "rtn", "bits": bits}, "indices") for bits in (3, 4, 8)),
+        *(("kmeans", {"method": "rtn", "bits": bits}, "codebook") for bits in (3, 8)),
         ("fp8", {"granularity": "block"}, "weight_scale"),
         ("mxfp4", {"method": "rtn"}, "weight_scale"),
         ("df11", {"coding": "fixed"}, "escape_counts"),
@@ -250,9 +279,14 @@ def test_small_weights_are_decoded_and_a_choice_can_be_forced(monkeypatch: pytes
     assert asked == [2] and 64 * 128 < cpu.LEAST
 
 
-def test_groups_that_no_vector_takes_are_decoded() -> None:
-    scheme, tensors = stored("int4", (16, 172), method="rtn")  # groups of 86
-    assert not isinstance(scheme.prepare(tensors), Prepared)
+def test_groups_that_no_vector_takes_and_bit_planes_are_decoded() -> None:
+    for name, options in (
+        ("int4", {}),  # groups of 86
+        ("kmeans", {"codebook": "nf", "bits": 3, "block_size": 32}),
+        ("kmeans", {"nested": True}),
+    ):
+        scheme, tensors = stored(name, (16, 172), method="rtn", **options)
+        assert not isinstance(scheme.prepare(tensors), Prepared)
 
 
 def test_a_processor_without_long_vectors_gives_the_same() -> None:
