@@ -2,16 +2,17 @@
 
 A compiled product reads a weight once for a few tokens, and never writes it out; for many tokens torch may be faster by
 more than decoding takes. From how many on is measured when that is first asked for, once for each machine and layout
-(`measured.py`). COMPRESS_CPU_PATH=fused or dense chooses without measuring.
+(`measured.py`). COMPRESS_CPU_PATH=fused or dense, when a weight is prepared, chooses without measuring.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,24 +39,25 @@ class Product:
     shape: tuple[int, int]
     run: Callable[[Tensor], Tensor | None]
     few_only: bool = False  # many tokens get the bits that torch gives: what loses nothing is scored so
+    forced: str | None = field(default_factory=lambda: os.environ.get("COMPRESS_CPU_PATH"))
 
     def linear(self, x: Tensor, bias: Tensor | None, decode: Callable[[], Tensor]) -> Tensor | None:
         """(..., columns) -> (..., rows) in x's dtype; None where a decoded weight is better. decode: makes it."""
-        if x.shape[-1] != self.shape[1]:
-            raise ValueError(f"x: {x.shape[-1]} columns, and the weight has {self.shape[1]}")
-        flat = x.reshape(-1, x.shape[-1])
-        if not len(flat) or not self._is_faster(len(flat), decode):
+        *several, columns = x.shape
+        if columns != self.shape[1]:
+            raise ValueError(f"x: {columns} columns, and the weight has {self.shape[1]}")
+        flat, tokens = x.reshape(-1, columns), math.prod(several)
+        if not tokens or not self._is_faster(tokens, decode):
             return None
         y = self.run(flat)
         if y is None:
             return None
         y = y if bias is None else y.add_(bias)
-        return y.to(x.dtype).view(*x.shape[:-1], self.shape[0])
+        return y.to(x.dtype).view(*several, self.shape[0])
 
     def _is_faster(self, tokens: int, decode: Callable[[], Tensor]) -> bool:
-        forced = os.environ.get("COMPRESS_CPU_PATH")
-        if forced in ("fused", "dense"):
-            return forced == "fused"
+        if self.forced in ("fused", "dense"):
+            return self.forced == "fused"
         if self.shape[0] * self.shape[1] < LEAST:
             return False
         if tokens <= FEW or self.few_only:

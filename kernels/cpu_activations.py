@@ -21,7 +21,7 @@ _LEAST = np.float32(1e-30)  # a largest magnitude below has no reciprocal in flo
 class Activations(NamedTuple):
     """x: (tokens, columns) int16, units of columns in the order that a kernel wants. scales: (tokens, units) float32.
 
-    sums: (tokens, units, lanes / 2) int32, of what falls into each lane of 32 bits, times `factor`.
+    sums: (tokens, units, lanes / 2) int32, of what falls into each lane of 32 bits, times `factor`; nothing with 0.
     """
 
     x: Any
@@ -34,7 +34,7 @@ def together(tokens: int) -> int:
     return TOKENS if tokens >= TOKENS else 1
 
 
-def quantize(x: Tensor, order: Any, unit: int, limit: int, lanes: int, factor: int = 1) -> Activations | None:
+def quantize(x: Tensor, order: Any, unit: int, limit: int, lanes: int, factor: int = 0) -> Activations | None:
     """x: (tokens, columns) bf16, fp16 or fp32. order: (padded columns,) int64, from where in x each of them comes.
 
     Tokens of zeros make up a multiple of `together`. None where a number is not finite, or all of a unit are next to
@@ -42,15 +42,16 @@ def quantize(x: Tensor, order: Any, unit: int, limit: int, lanes: int, factor: i
     """
     tokens, padded = x.shape[0], len(order)
     room = tokens + -tokens % together(tokens)
-    source = x.detach().float().contiguous().numpy()
+    source, array = x.detach().float().contiguous().numpy(), np.empty if room == tokens else np.zeros
     found = Activations(
-        np.zeros((room, padded), np.int16),
-        np.zeros((room, padded // unit), np.float32),
-        np.zeros((room, padded // unit, lanes // 2), np.int32),
+        array((room, padded), np.int16),
+        array((room, padded // unit), np.float32),
+        array((room, padded // unit if factor else 0, lanes // 2), np.int32),
     )
     arguments = (source, order, unit, np.float32(limit), np.int32(factor), found.x, found.scales, found.sums)
     in_threads(_quantize_rows, tokens, tokens * padded, *arguments)
-    return found if np.isfinite(found.scales).all() else None
+    most = found.scales.max(initial=0)
+    return found if most == most else None
 
 
 @jit
@@ -75,7 +76,7 @@ def _quantize_rows(start, stop, source, order, unit, limit, factor, x, scales, s
         row = x[token]
         for i in range(padded):
             row[i] = np.int16(np.int32(values[order[i]]))
-        for u in range(padded // unit):
+        for u in range(sums.shape[1]):
             found = sums[token, u]
             found[:] = 0
             for vector in range(unit // (2 * lanes)):

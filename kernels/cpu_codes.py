@@ -119,7 +119,7 @@ def _product(
     shared: tuple[int, int],
     order: Any,
     limit: int,
-    factor: int = 1,
+    factor: int = 0,
 ) -> Multiply:
     """shared: rows with the same scales, and with the same of `others`. The last three as in `quantize`."""
     steps = scales.contiguous().view(_WORDS.get(scales.dtype, scales.dtype)).numpy()
@@ -131,10 +131,10 @@ def _product(
         found = quantize(x, order, layout.unit, limit, layout.lanes, factor)
         if found is None:
             return None
-        loop = _kernel(layout._replace(tokens=together(len(x))))
+        loop = _kernel(layout._replace(tokens=together(x.shape[0])))
         out = np.zeros((len(found.x), height), np.float32)
         in_threads(loop, height, out.size * len(order), *weights, found.x, found.scales, found.sums, out)
-        return torch.from_numpy(out[: len(x)])
+        return torch.from_numpy(out[: x.shape[0]])
 
     return run
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import is_not
 from typing import Any, Protocol
 
 import torch
@@ -73,11 +74,10 @@ class CompressedModule(nn.Module):
 
         Raises ValueError where torch.compile comes before the first time: preparing is nothing that it can trace.
         """
-        tensors = self.tensors()
-        if self._prepared is None or any(a is not b for a, b in zip(tensors.values(), self._prepared[0], strict=True)):
+        if self._prepared is None or any(map(is_not, self._buffers.values(), self._prepared[0])):
             if torch.compiler.is_compiling():
                 raise ValueError("a compressed layer is not prepared; run it once, then give it to torch.compile")
-            self._prepare(tensors)
+            self._prepare(self.tensors())
             assert self._prepared is not None
         return self._prepared[2 if torch.compiler.is_compiling() else 1]
 

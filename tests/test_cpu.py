@@ -266,16 +266,14 @@ def test_what_is_faster_is_measured_once_and_kept(monkeypatch: pytest.MonkeyPatc
 
 def test_small_weights_are_decoded_and_a_choice_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     scheme, tensors = stored("int4", (64, 128), method="rtn")
-    prepared, x = scheme.prepare(tensors), gaussian(2, 128)
-    asked: list[int] = []
-    run = prepared.product.run
-    object.__setattr__(prepared.product, "run", lambda flat: asked.append(len(flat)) or run(flat))
-    scheme.linear(x, prepared)
-    monkeypatch.setenv("COMPRESS_CPU_PATH", "dense")
-    scheme.linear(x, prepared)
-    monkeypatch.delenv("COMPRESS_CPU_PATH")
-    scheme.linear(x, prepared)
-    assert asked == [2] and 64 * 128 < cpu.LEAST
+    asked: list[str | None] = []
+    for forced in ("fused", "dense", None):
+        monkeypatch.setenv("COMPRESS_CPU_PATH", forced) if forced else monkeypatch.delenv("COMPRESS_CPU_PATH")
+        prepared = scheme.prepare(tensors)
+        run = prepared.product.run
+        object.__setattr__(prepared.product, "run", lambda x, f=forced, run=run: asked.append(f) or run(x))
+        scheme.linear(gaussian(2, 128), prepared)
+    assert asked == ["fused"] and 64 * 128 < cpu.LEAST
 
 
 def test_groups_that_no_vector_takes_and_bit_planes_are_decoded() -> None:
