@@ -1,4 +1,4 @@
-"""Bit planes on a low-rank scale: w = +-scale * levels[code], compiled loops on the CPU and plain torch elsewhere.
+"""Bit planes on a low-rank scale: w = +-scale * levels[code], compiled loops on the CPU, Triton on a GPU, else torch.
 
 scale = max(u @ v, FLOOR * u0 * v0), with u0 and v0 the first column and row of the factors. Plane 0 holds the signs;
 the bits of the others, the first of them the highest, make up the code. Bit t of byte j of a plane's row is that of
@@ -23,7 +23,7 @@ from compress.kernels.cpu import Product
 from compress.kernels.op import Layout, Packed
 
 FLOOR = 1 / 16  # of the first factors' product: where the others take more than that away, they do no longer
-ROWS_AT_ONCE = 1 << 20  # weights that `linear` decodes at a time
+ROWS_AT_ONCE = 1 << 20  # weights that `linear` decodes at a time without Triton
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,12 @@ def encode(weight: Tensor, u: Tensor, v: Tensor, steps: list[Tensor]) -> list[Te
 
 
 def decode(stack: Planes) -> Tensor:
-    """(m, n) in the stack's dtype."""
+    """(m, n) in the stack's dtype: the same bits on every device."""
+    # A few rows have no addresses: these come from the host, which a CUDA graph would not do again.
+    if stack.addresses is not None and prepared.runs_triton(stack.u.device):
+        from compress.kernels import bitstack_triton  # imports triton, which a machine without a GPU need not have
+
+        return bitstack_triton.decode(stack)
     if stack.u.device.type != "cpu" or not cpu_planes.can_run(stack.shape[1]):
         return decode_torch(stack)
     (m, n), narrow = stack.shape, stack.dtype == torch.bfloat16
@@ -158,14 +163,17 @@ def scale(u: Tensor, v: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, stack: Planes, bias: Tensor | None = None) -> Tensor:
-    """x @ W.T + bias, (..., n) -> (..., m), from a few rows of W at a time: no dense weight is ever there."""
+    """x @ W.T + bias, (..., n) -> (..., m): fused where that is faster, else of the decoded weight; without Triton of a
+    few of its rows at a time.
+    """
     m, n = stack.shape
     if prepared.runs_triton(x.device):
-        from compress.kernels import bitstack_triton  # imports triton, which a machine without a GPU need not have
+        from compress.kernels import bitstack_triton
 
         # The fused kernel has no backward pass, and many tokens are worth a decoded weight.
         if x.numel() <= bitstack_triton.FUSED_TOKENS * n and not (torch.is_grad_enabled() and x.requires_grad):
             return bitstack_triton.linear(x, stack, bias)
+        return F.linear(x, decode(stack).to(x.dtype), bias)
     if x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad):
         y = cpu.multiply(x, stack, bias, lambda: decode(stack))
         if y is not None:

@@ -1,7 +1,7 @@
-"""bitstack on a GPU, in Triton: y = x @ W.T from packed planes, for any rank and any number of blocks.
+"""bitstack on a GPU, in Triton: decoding, and y = x @ W.T from packed planes, for any rank and any number of blocks.
 
-W is made in registers, a tile at a time, and never written to memory. The planes stay where they are, each in a tensor
-of its own: the kernel is given their addresses, so that blocks come and go without a copy of the others.
+To multiply, W is made in registers, a tile at a time, and never written to memory. The planes stay where they are, each
+in a tensor of its own: a kernel is given their addresses, so that blocks come and go without a copy of the others.
 """
 
 from __future__ import annotations
@@ -20,6 +20,28 @@ FUSED_TOKENS = 128  # for more, W is better decoded once
 BLOCK_N = 32
 BLOCK_K = {True: 128, False: 64}  # bfloat16 or not: a float32 dot is one of plain multiplications, and needs registers
 RANKS = 16  # of the factors that are multiplied at once
+DECODED = {"BLOCK_N": 8, "BLOCK_K": 1024}  # a thread has eight columns of all rows, and reads v once for them
+
+
+def decode(stack: Planes) -> Tensor:
+    """(N, K) in the stack's dtype: the bits that `bitstack.decode_torch` gives."""
+    n, k = stack.shape
+    out = torch.empty(n, k, dtype=stack.dtype, device=stack.u.device)
+    if out.numel():
+        with torch.cuda.device_of(out):
+            bitstack_kernels.decode[(triton.cdiv(n, DECODED["BLOCK_N"]), triton.cdiv(k, DECODED["BLOCK_K"]))](
+                *_parts(stack),
+                out,
+                n,
+                k,
+                len(stack.planes),
+                stack.u.shape[1],
+                FLOOR=FLOOR,
+                LARGEST=torch.finfo(stack.dtype).max,
+                **DECODED,
+                num_warps=4,
+            )
+    return out
 
 
 def linear(x: Tensor, stack: Planes, bias: Tensor | None = None) -> Tensor:
@@ -41,10 +63,7 @@ def linear(x: Tensor, stack: Planes, bias: Tensor | None = None) -> Tensor:
     if partial.numel():
         with torch.cuda.device_of(x):
             bitstack_kernels.matmul[(across, down, split)](
-                (stack if stack.addresses is not None else stack.located()).addresses,
-                stack.u,
-                stack.v,
-                stack.levels,
+                *_parts(stack),
                 flat,
                 partial,
                 m,
@@ -63,3 +82,7 @@ def linear(x: Tensor, stack: Planes, bias: Tensor | None = None) -> Tensor:
                 num_stages=stages(2),
             )
     return sums.finish(partial, bias, x.dtype).view(*x.shape[:-1], n)
+
+
+def _parts(stack: Planes) -> tuple[Tensor | None, ...]:
+    return (stack if stack.addresses is not None else stack.located()).addresses, stack.u, stack.v, stack.levels

@@ -195,7 +195,15 @@ def _bitstack(dtype: str, tokens: int) -> Kernel:
     )
 
 
+def _bitstack_decode() -> Kernel:
+    types = {"planes": "*i64", "u": "*bf16", "v": "*bf16", "levels": "*fp32", "out": "*bf16"}
+    types |= {**_SIZES, "COUNT": "i32", "RANK": "i32"}
+    how = {"FLOOR": 1 / 16, "LARGEST": (2 - 2**-7) * 2.0**127, "BLOCK_N": 8, "BLOCK_K": 1024}
+    return Kernel("bitstack_kernels", "decode", types, how)
+
+
 BITSTACK = {
+    "bitstack decode": _bitstack_decode(),
     "bitstack, 16 tokens": _bitstack("bf16", 16),
     "bitstack, 64 tokens": _bitstack("bf16", 64),
     "bitstack, float32": _bitstack("fp32", 16),
