@@ -1,5 +1,6 @@
 """What the compiled loops over a weight share: numba's settings, the weight's bits, 64 bits at any byte."""
 
+import hashlib
 import math
 from typing import Any
 
@@ -12,11 +13,24 @@ from torch import Tensor
 
 
 def jit(function: Any) -> Any:
-    """No fastmath: the same bytes on every machine. Division as NumPy's: a check for zero does not vectorize."""
+    """No fastmath: the same bytes on every machine. Division as NumPy's: a check for zero does not vectorize.
+
+    Functions that a factory makes must differ in plain values that they enclose.
+    """
+    if function.__closure__:
+        # Machine code is found by its name, and those of numba's files tell nothing of what functions enclose.
+        values = [cell.cell_contents for cell in function.__closure__]
+        if not _is_plain(values):
+            raise TypeError(f"{function.__qualname__} encloses more than numbers and text, which could not name it")
+        function.__qualname__ += "_" + hashlib.sha256(repr(values).encode()).hexdigest()[:16]
     try:
         return numba.njit(nogil=True, cache=True, error_model="numpy")(function)
     except RuntimeError:  # numba's "no locator": neither the package's directory nor the user's cache can be written
         return numba.njit(nogil=True, error_model="numpy")(function)
+
+
+def _is_plain(value: Any) -> bool:
+    return all(map(_is_plain, value)) if isinstance(value, list | tuple) else isinstance(value, int | float | str)
 
 
 def intrinsic(function: Any) -> Any:

@@ -7,9 +7,10 @@ do), loops are handed to it; elsewhere to threads of Python.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -30,8 +31,11 @@ _entries: dict[Any, int] = {}
 
 
 def in_threads(loop: Any, rows: int, size: int, *arguments: Any) -> None:
-    """loop(start, stop, *arguments) over parts of the rows, which are independent; it is from `jit`, and returns
-    nothing. size: values in all. Threads: as many as torch has. Raises RuntimeError where a part fails."""
+    """loop(start, stop, *arguments) over parts of the rows, which are independent. size: values in all.
+
+    loop: from `jit`; it returns nothing. arguments: NumPy's arrays and numbers, Python's numbers, and tuples of these.
+    Threads: as many as torch has. Raises RuntimeError where a part of several fails; what that raised is lost.
+    """
     threads = min(torch.get_num_threads(), rows) if size > _SIZE else 1
     if threads <= 1:
         loop(0, rows, *arguments)
@@ -39,7 +43,7 @@ def in_threads(loop: Any, rows: int, size: int, *arguments: Any) -> None:
     parts, start = min(_PARTS * threads, rows), _openmp()
     if start is None or _forked:
         _in_python(loop, rows, threads, parts, arguments)
-    elif _fork(start, _entry(loop, arguments), threads, parts, rows, *arguments):
+    elif _launch(start, _entry(loop, arguments), threads, parts, rows, *arguments):
         raise RuntimeError("a loop over the rows failed; is there enough memory?")
 
 
@@ -50,7 +54,9 @@ def _in_python(loop: Any, rows: int, threads: int, parts: int, arguments: tuple[
         for pair in left:
             loop(*pair, *arguments)
 
-    jobs = [_pool(threads - 1).submit(work) for _ in range(threads - 1)]
+    jobs: list[Future[None]] = []
+    with contextlib.suppress(RuntimeError):  # when Python ends, it starts no more work; then all is done here
+        jobs += [_pool(threads - 1).submit(work) for _ in range(threads - 1)]
     try:
         work()
     finally:
@@ -90,21 +96,23 @@ def _entry(loop: Any, arguments: tuple[Any, ...]) -> int:
 
 
 def _kinds(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What numba's types of the values depend on; asking it for these takes 0.1 ms."""
-    return tuple(
-        [
-            (value.dtype, value.ndim, value.flags.num)
-            if type(value) is np.ndarray
-            else _kinds(value)
-            if type(value) is tuple
-            else type(value)
-            for value in values
-        ]
-    )
+    """What numba's types of the values depend on; asking it for these takes 0.1 ms. Raises TypeError for others."""
+    found: list[Any] = []
+    for value in values:
+        kind = type(value)
+        if kind is np.ndarray:
+            found.append((value.dtype, value.ndim, value.flags.num))
+        elif kind is tuple:
+            found.append(_kinds(value))
+        elif kind in (int, float, bool) or isinstance(value, np.generic):
+            found.append(kind)
+        else:
+            raise TypeError(f"loops are not given {kind.__name__}: it may stand for several of numba's types")
+    return tuple(found)
 
 
 @jit
-def _fork(start, entry, threads, parts, rows, *arguments):  # type: ignore[no-untyped-def]
+def _launch(start, entry, threads, parts, rows, *arguments):  # type: ignore[no-untyped-def]
     return _run_parts(start, entry, threads, parts, rows, arguments)
 
 
@@ -117,7 +125,7 @@ def _run_parts(context, start, entry, threads, parts, rows, arguments):  # type:
 
     def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
         start, entry, threads, parts, rows, arguments = values
-        shared = _pointer(builder, (integer(0), parts, rows, entry, integer(0), arguments))
+        shared = _pointer(builder, (_integer(0), parts, rows, entry, _integer(0), arguments))
         part = _part(context, builder, signature.args[5], shared.type.pointee)
         kind = ir.FunctionType(ir.VoidType(), [part.type, i8.as_pointer(), i32, i32])
         run, count = builder.inttoptr(start, kind.as_pointer()), builder.trunc(threads, i32)
@@ -131,7 +139,7 @@ _NEXT, _COUNT, _ROWS, _ENTRY, _FAILED, _ARGUMENTS = range(6)  # what threads sha
 i8, i32, i64 = map(ir.IntType, (8, 32, 64))
 
 
-def integer(value: int) -> ir.Constant:
+def _integer(value: int) -> ir.Constant:
     return ir.Constant(i64, value)
 
 
@@ -157,17 +165,17 @@ def _part(context: Any, builder: Any, arguments: Any, shared: Any) -> Any:
     def field(number: int) -> Any:
         return cgutils.gep_inbounds(builder, place, 0, number)
 
-    number = builder.atomic_rmw("add", field(_NEXT), integer(1), "monotonic")
+    number = builder.atomic_rmw("add", field(_NEXT), _integer(1), "monotonic")
     parts, rows = builder.load(field(_COUNT)), builder.load(field(_ROWS))
     builder.cbranch(builder.icmp_signed("<", number, parts), body, end)
     builder.position_at_end(body)
-    bounds = [builder.sdiv(builder.mul(rows, n), parts) for n in (number, builder.add(number, integer(1)))]
+    bounds = [builder.sdiv(builder.mul(rows, n), parts) for n in (number, builder.add(number, _integer(1)))]
     types_, call = (types.int64, types.int64, *arguments.types), context.call_conv
     loop = builder.inttoptr(builder.load(field(_ENTRY)), call.get_function_type(types.none, types_).as_pointer())
     values = [*bounds, *cgutils.unpack_tuple(builder, builder.load(field(_ARGUMENTS)))]
     status, _ = call.call_function(builder, loop, types.none, types_, values)
     with builder.if_then(status.is_error):
-        builder.store(integer(1), field(_FAILED))
+        builder.store(_integer(1), field(_FAILED))
     builder.branch(again)
     builder.position_at_end(end)
     builder.ret_void()

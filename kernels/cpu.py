@@ -216,12 +216,12 @@ def fixed_words(tensors: dict[str, Tensor], shape: tuple[int, int]) -> Product |
         return None
     before = F.pad(counts.int().cumsum(0), (1, 0))
     blocks = -(-rest.numel() // fixed.BLOCK)
-    if counts.numel() != blocks or codes.numel() != blocks * fixed.BLOCK_BYTES or int(before[-1]) != escapes.numel():
+    base, whole = int(tensors["base"][0]), codes.numel() == blocks * fixed.BLOCK_BYTES
+    if counts.numel() != blocks or not whole or int(before[-1]) != escapes.numel() or base > 256 - fixed.WINDOW:
         return None  # decoding says what is wrong
     starts = before[torch.arange(shape[0]) * shape[1] // fixed.BLOCK]
-    base = int(tensors["base"][0])
 
-    def run(x: Tensor) -> Tensor:
+    def run(x: Tensor) -> Tensor | None:
         return cpu_words.linear(x, base, codes, counts, starts, escapes, rest)
 
     return Product("bfloat16 in fixed codes", shape, run, few_only=True)

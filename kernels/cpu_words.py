@@ -33,8 +33,9 @@ MOST_BASE = 192  # of such words, so that no sum overflows which is taken away a
 
 def linear(
     x: Tensor, base: int, codes: Tensor, counts: Tensor, starts: Tensor, escapes: Tensor, rest: Tensor
-) -> Tensor:
-    """x @ W.T in float32, W the bfloat16 words that `formats.fixed` coded; bit for bit.
+) -> Tensor | None:
+    """x @ W.T in float32, W the bfloat16 words that `formats.fixed` coded, bit for bit: escapes have code 0. None where
+    x is not finite, as infinity less infinity is no number.
 
     x: (tokens, columns) bf16, fp16 or fp32. rest: (height, columns) uint8. starts: (height,) int64, how many escapes
     are before the block that each row begins in. The others as `fixed.decode` takes them.
@@ -42,6 +43,8 @@ def linear(
     height, columns = rest.shape
     layout = Layout(BFLOAT16, 0, UNIT, simd.lanes(), together(len(x)))
     inputs = inputs_of(x, UNIT, layout.tokens)
+    if not np.isfinite(inputs).all():
+        return None
     mixed = inputs.reshape(-1, 2, 4, 4).swapaxes(1, 2).reshape(inputs.shape)
     out = np.zeros((len(inputs), height), np.float32)
     arrays = [array.contiguous().numpy() for array in (codes.view(-1, fixed.BLOCK_BYTES), counts, starts, escapes)]

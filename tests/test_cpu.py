@@ -149,6 +149,18 @@ def test_rows_of_whole_blocks_may_hold_anything(power: int) -> None:
             assert error(y[:, row], wanted[:, row]) < 1e-6, row
 
 
+def test_infinite_inputs_and_damaged_codes_are_left_to_decoding() -> None:
+    weight, scheme = gaussian(4, 512), make("df11", {"coding": "fixed"})
+    weight[:, 3] = 1e-6
+    tensors = scheme.encode(weight)
+    x = gaussian(2, 512, dtype=torch.float32)
+    x[1, 3] = math.inf
+    prepared = scheme.prepare(tensors)
+    assert torch.equal(scheme.linear(x, prepared)[1], torch.full((4,), math.inf))
+    tensors["base"] = torch.full_like(tensors["base"], 255)
+    assert not isinstance(scheme.prepare(tensors), Prepared)
+
+
 def test_many_tokens_get_the_bits_that_the_original_gives_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COMPRESS_CPU_PATH")
     weight, x = gaussian(256, 512), gaussian(20, 512)

@@ -69,6 +69,35 @@ def test_a_part_that_fails_fails_the_loop(several: str) -> None:
         in_threads(_fail, ROWS, 1, np.zeros(ROWS, np.float32))
 
 
+def test_what_may_be_of_several_types_is_refused(several: str) -> None:
+    if several == "torch":
+        for value in (np.memmap, _add, slice(1)):
+            with pytest.raises(TypeError, match="loops are not given"):
+                in_threads(_add, ROWS, 1, value)
+
+
+def test_loops_of_one_factory_have_names_of_their_own() -> None:
+    """Machine code is found by name, also that which another process has left in the cache."""
+
+    def made(add: Any) -> Any:
+        @jit
+        def loop(start, stop, out):  # type: ignore[no-untyped-def]
+            for row in range(start, stop):
+                out[row] = add
+
+        return loop
+
+    names = []
+    for add in (1, 2, (3, 4)[1]):
+        loop, out = made(add), np.zeros(4, np.int64)
+        loop(0, 4, out)
+        assert out.tolist() == [add] * 4
+        names.append(next(iter(loop.overloads.values())).fndesc.qualname)
+    assert len(set(names)) == 3 and names[0] == made(1).__qualname__
+    with pytest.raises(TypeError, match="encloses more than numbers"):
+        made(_add)
+
+
 def test_a_loop_that_returns_something_is_refused(several: str) -> None:
     if several == "torch":
         with pytest.raises(TypeError, match="_give returns something"):
