@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not ASSETS, reason="COMPRESS_ASSETS is not set")
 MODELS = {
     "techdocs-12m": ("techdocs/valid.txt", {"int4": 0.006, "fp8": 0.002}),
     "stories260k": ("tinystories/valid.txt", {"int4": 0.15, "int8": 0.002}),
-    "stories260k-fp32": ("tinystories/valid.txt", {"int4": 0.15}),
+    "stories260k-fp32": ("tinystories/valid.txt", {"int8": 0.002}),
     "babyllama-105": ("tinystories/valid.txt", {"fp8": 0.01}),
     "arthur-gpt2": ("arthur-domain/comprehensive.txt", {"int4": 0.15, "int8": 0.001, "fp8": 0.01}),
 }

@@ -91,7 +91,7 @@ def test_planes_of_any_width_are_summed_up_once(columns: int) -> None:
             assert prepared.product is not None and error(scheme.linear(x, prepared), wanted) < 1e-5
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("bits", [1, 2, 3, 5, 7, 8])  # each loop takes seconds to compile; 4 is tested above, 6 is as 5
 def test_levels_of_every_width_are_those_of_their_columns(bits: int) -> None:
     """Rows and columns that fill no vector, and codes that end in the middle of a byte."""
     for granularity, shape in itertools.product(("channel", "tensor", "group"), [(1, 1), (2, 37), (19, 131), (70, 64)]):
