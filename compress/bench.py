@@ -70,7 +70,8 @@ class Bench:
         said = []
         for line in self.lines:
             if line.slower:
-                when = "always" if len(line.slower) == len(line.speedup) else f"at {_listed(line.slower)} tokens"
+                noun = "token" if line.slower == [1] else "tokens"
+                when = "always" if len(line.slower) == len(line.speedup) else f"at {_listed(line.slower)} {noun}"
                 said.append(f"{line.name} saves memory only: {when} it is slower than the uncompressed product here")
         return said
 

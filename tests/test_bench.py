@@ -48,7 +48,7 @@ def test_what_is_slower_is_said_in_words() -> None:
     lines = [Line("a", 4.0, seconds, {1: 2.0, 16: 1.0}), Line("b", 11.0, seconds, {1: 0.5, 16: 1.1})]
     lines.append(Line("c", 11.0, seconds, {1: 0.5, 16: 0.9}))
     assert Bench("cpu", "x", 2, "2", "bfloat16", (4, 4), lines).warnings == [
-        "b saves memory only: at 1 tokens it is slower than the uncompressed product here",
+        "b saves memory only: at 1 token it is slower than the uncompressed product here",
         "c saves memory only: always it is slower than the uncompressed product here",
     ]
 
