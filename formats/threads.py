@@ -24,7 +24,8 @@ from numba.core import cgutils
 
 from compress.formats.compiled import intrinsic, jit
 
-_SIZE = 1 << 18  # values: below, waking threads costs more than they save
+_SIZE = 1 << 18  # values: below, waking torch's threads costs more than they save
+_PYTHON_SIZE = 1 << 20  # the same of Python's, which takes longer
 _PARTS = 4  # for each thread: a core that is busy elsewhere takes fewer of them
 _forked = False  # libgomp's threads are not there in a child, and it would wait for them
 _entries: dict[Any, int] = {}
@@ -36,12 +37,13 @@ def in_threads(loop: Any, rows: int, size: int, *arguments: Any) -> None:
     loop: from `jit`; it returns nothing. arguments: NumPy's arrays and numbers, Python's numbers, and tuples of these.
     Threads: as many as torch has. Raises RuntimeError where a part of several fails; what that raised is lost.
     """
-    threads = min(torch.get_num_threads(), rows) if size > _SIZE else 1
+    start = None if _forked else _openmp()
+    threads = min(torch.get_num_threads(), rows) if size > (_PYTHON_SIZE if start is None else _SIZE) else 1
     if threads <= 1:
         loop(0, rows, *arguments)
         return
-    parts, start = min(_PARTS * threads, rows), _openmp()
-    if start is None or _forked:
+    parts = min(_PARTS * threads, rows)
+    if start is None:
         _in_python(loop, rows, threads, parts, arguments)
     elif _launch(start, _entry(loop, arguments), threads, parts, rows, *arguments):
         raise RuntimeError("a loop over the rows failed; is there enough memory?")

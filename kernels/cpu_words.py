@@ -108,7 +108,8 @@ def _fixed_rows(layout: Layout) -> Any:
 def _differences(base, counts, escapes, rest, place, blocks, work):  # type: ignore[no-untyped-def]
     """By how much the escapes of a row of whole blocks are more than words with code 0; returns how many there are.
 
-    place: its first block, escape and word. work: their columns, and the differences, which float64 holds exactly.
+    place: its first block, escape and word. work: to be filled, their columns, int64, and the differences, which
+    float64 holds exactly; (columns + FEW,) and (columns,).
     """
     (block, position, first), (columns, differences), few = place, work, 0
     for number in range(blocks):  # without branches, which would be guessed wrong: some too many, until the next block

@@ -22,6 +22,7 @@ _SENTENCES = (
 def on_threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], list[Any]]:
     """What a function returns on one, two and three threads, each time, however little there is to do."""
     monkeypatch.setattr("compress.formats.threads._SIZE", 0)
+    monkeypatch.setattr("compress.formats.threads._PYTHON_SIZE", 0)
 
     def run(function: Callable[[], Any]) -> list[Any]:
         found, before = [], torch.get_num_threads()

@@ -42,6 +42,7 @@ def several(request: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     elif threads._openmp() is None:
         pytest.skip("torch has no OpenMP of GNU's kind here")
     monkeypatch.setattr(threads, "_SIZE", 0)
+    monkeypatch.setattr(threads, "_PYTHON_SIZE", 0)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield request.param
