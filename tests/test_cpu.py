@@ -229,10 +229,19 @@ def test_next_to_nothing_and_nothing_as_inputs() -> None:
 
 
 def test_threads_do_not_change_a_bit(on_threads: Any) -> None:
-    scheme, tensors = stored("int4", (1040, 256), method="rtn")
+    """Nor do products with other layouts before and between."""
+    weights = [
+        stored("int4", (1040, 256), method="rtn"),
+        stored("kmeans", (70, 256), method="rtn", bits=3),
+        stored("kmeans", (70, 256), method="rtn"),
+        stored("df11", (70, 256), coding="fixed"),
+        stored("fp8", (70, 256)),
+    ]
     x = gaussian(5, 256)
-    first, *others = on_threads(lambda: scheme.linear(x, scheme.prepare(tensors)))
-    assert all(torch.equal(first, other) for other in others)
+    first, *others = on_threads(lambda: [scheme.linear(x, scheme.prepare(tensors)) for scheme, tensors in weights])
+    assert all(torch.equal(*pair) for other in others for pair in zip(first, other, strict=True))
+    for y, (scheme, tensors) in zip(first, weights, strict=True):
+        assert error(y, F.linear(x.double(), scheme.decode(tensors).double())) < 2**-8
 
 
 def test_a_copy_of_a_layer_multiplies_with_its_own_tensors() -> None:
