@@ -11,6 +11,8 @@ from llvmlite import ir
 from numba import extending
 from torch import Tensor
 
+LINE = 64  # bytes of a cache line
+
 
 def jit(function: Any) -> Any:
     """No fastmath: the same bytes on every machine. Division as NumPy's: a check for zero does not vectorize.
@@ -79,7 +81,15 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     size = math.prod(shape) * dtype.itemsize
     if not size:
         return torch.empty(shape, dtype=dtype)
-    return torch.from_numpy(np.empty(size, np.uint8)).view(dtype).view(shape)
+    memory = np.empty(size + LINE, np.uint8)
+    return torch.from_numpy(memory[-memory.ctypes.data % LINE :][:size]).view(dtype).view(shape)
+
+
+@jit
+def lines(size: int) -> Any:
+    """So many bytes, from the beginning of a cache line on: vectors then lie in one each, where two take longer."""
+    memory = np.empty(size + LINE, np.uint8)
+    return memory[-memory.ctypes.data % LINE :][:size]
 
 
 def copied(tensor: Tensor, device: torch.device | str) -> Tensor:

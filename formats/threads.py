@@ -27,6 +27,7 @@ from compress.formats.compiled import intrinsic, jit
 _SIZE = 1 << 18  # values: below, waking torch's threads costs more than they save
 _PYTHON_SIZE = 1 << 20  # the same of Python's, which takes longer
 _PARTS = 4  # for each thread: a core that is busy elsewhere takes fewer of them
+FAILED = "a loop over the rows failed; is there enough memory?"
 _forked = False  # libgomp's threads are not there in a child, and it would wait for them
 _entries: dict[Any, int] = {}
 
@@ -37,16 +38,20 @@ def in_threads(loop: Any, rows: int, size: int, *arguments: Any) -> None:
     loop: from `jit`; it returns nothing. arguments: NumPy's arrays and numbers, Python's numbers, and tuples of these.
     Threads: as many as torch has. Raises RuntimeError where a part of several fails; what that raised is lost.
     """
-    start = None if _forked else _openmp()
-    threads = min(torch.get_num_threads(), rows) if size > (_PYTHON_SIZE if start is None else _SIZE) else 1
+    start, threads, parts = team(rows, size)
     if threads <= 1:
         loop(0, rows, *arguments)
-        return
-    parts = min(_PARTS * threads, rows)
-    if start is None:
+    elif not start:
         _in_python(loop, rows, threads, parts, arguments)
-    elif _launch(start, _entry(loop, arguments), threads, parts, rows, *arguments):
-        raise RuntimeError("a loop over the rows failed; is there enough memory?")
+    elif _launch(start, entry(loop, arguments), threads, parts, rows, *arguments):
+        raise RuntimeError(FAILED)
+
+
+def team(rows: int, size: int) -> tuple[int, int, int]:
+    """Who works on so many rows: OpenMP's function, 0 where it is not to be had; threads; and parts of the rows."""
+    start = 0 if _forked else _openmp()
+    threads = min(torch.get_num_threads(), rows) if size > (_SIZE if start else _PYTHON_SIZE) else 1
+    return start, threads, min(_PARTS * threads, rows) if threads > 1 else 1
 
 
 def _in_python(loop: Any, rows: int, threads: int, parts: int, arguments: tuple[Any, ...]) -> None:
@@ -74,16 +79,16 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 @cache
-def _openmp() -> int | None:
+def _openmp() -> int:
     """The address of the function that runs another on all of torch's threads, void (*)(void *), with its argument."""
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value
+        return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value or 0
     except (OSError, AttributeError):
-        return None
+        return 0
 
 
-def _entry(loop: Any, arguments: tuple[Any, ...]) -> int:
+def entry(loop: Any, arguments: tuple[Any, ...]) -> int:
     """The address of the machine code of a loop for arguments of these types."""
     key = (loop, _kinds(arguments))
     found = _entries.get(key)
@@ -115,14 +120,14 @@ def _kinds(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 @jit
 def _launch(start, entry, threads, parts, rows, *arguments):  # type: ignore[no-untyped-def]
-    return _run_parts(start, entry, threads, parts, rows, arguments)
+    return run_parts(start, entry, threads, parts, rows, arguments)
 
 
 @intrinsic
-def _run_parts(context, start, entry, threads, parts, rows, arguments):  # type: ignore[no-untyped-def]
-    """Calls entry(first, last, *arguments) for each part of the rows, on several threads; whether one of them failed.
+def run_parts(context, start, entry, threads, parts, rows, arguments):  # type: ignore[no-untyped-def]
+    """Calls entry(first, last, *arguments) for each part of the rows; whether one of them failed.
 
-    start: OpenMP's function. entry: of a loop.
+    entry: of a loop. start: OpenMP's function, which is not called for a single thread.
     """
 
     def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
@@ -130,8 +135,12 @@ def _run_parts(context, start, entry, threads, parts, rows, arguments):  # type:
         shared = _pointer(builder, (_integer(0), parts, rows, entry, _integer(0), arguments))
         part = _part(context, builder, signature.args[5], shared.type.pointee)
         kind = ir.FunctionType(ir.VoidType(), [part.type, i8.as_pointer(), i32, i32])
-        run, count = builder.inttoptr(start, kind.as_pointer()), builder.trunc(threads, i32)
-        builder.call(run, [part, builder.bitcast(shared, i8.as_pointer()), count, ir.Constant(i32, 0)])
+        run, place = builder.inttoptr(start, kind.as_pointer()), builder.bitcast(shared, i8.as_pointer())
+        with builder.if_else(builder.icmp_signed(">", threads, _integer(1))) as (several, single):
+            with several:
+                builder.call(run, [part, place, builder.trunc(threads, i32), ir.Constant(i32, 0)])
+            with single:
+                builder.call(part, [place])
         return builder.load(cgutils.gep_inbounds(builder, shared, 0, _FAILED))
 
     return types.int64(*[types.int64] * 5, arguments), generate

@@ -56,7 +56,7 @@ class Planes:
         if self.u.device.type != "cpu" or not cpu_planes.can_run(self.shape[1]):
             return None
 
-        def run(x: Tensor) -> Tensor:
+        def run(x: Tensor, dtype: torch.dtype) -> Tensor:
             columns = self.shape[1]
             padded = F.pad(x.detach().float(), (0, -columns % 128)).contiguous()
             return torch.from_numpy(cpu_planes.product(*_arrays(self), padded.numpy(), columns))

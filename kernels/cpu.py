@@ -32,12 +32,13 @@ _DECODED = ContextVar("decoded", default=False)  # whether nothing is to be chos
 class Product:
     """x @ W.T without a decoded W. layout: a name for what takes the same time for each weight.
 
-    run: (tokens, columns) bf16, fp16 or fp32 -> (tokens, rows) float32, or None where x is not finite.
+    run: of x, (tokens, columns) bf16, fp16 or fp32, and a dtype; returns (tokens, rows), float32 or already of that
+    dtype, or None where x is not finite.
     """
 
     layout: str
     shape: tuple[int, int]
-    run: Callable[[Tensor], Tensor | None]
+    run: Callable[[Tensor, torch.dtype], Tensor | None]
     few_only: bool = False  # many tokens get the bits that torch gives: what loses nothing is scored so
     forced: str | None = field(default_factory=lambda: os.environ.get("COMPRESS_CPU_PATH"))
 
@@ -49,7 +50,7 @@ class Product:
         flat, tokens = x.reshape(-1, columns), math.prod(several)
         if not tokens or not self._is_faster(tokens, decode):
             return None
-        y = self.run(flat)
+        y = self.run(flat, x.dtype if bias is None else torch.float32)
         if y is None:
             return None
         y = y if bias is None else y.add_(bias)
@@ -62,7 +63,7 @@ class Product:
             return False
         if tokens <= FEW or self.few_only:
             return tokens <= FEW
-        return tokens <= measured.most_tokens(self.layout, self.shape, self.run, decode)
+        return tokens <= measured.most_tokens(self.layout, self.shape, lambda x: self.run(x, x.dtype), decode)
 
 
 class Prepared(dict[str, Tensor]):
@@ -178,8 +179,8 @@ def tables(
 
     multiply = cpu_codes.tables(codes, steps, books, share, bits, group_size, shape[1], high_first)
 
-    def run(x: Tensor) -> Tensor | None:
-        y = multiply(x)
+    def run(x: Tensor, dtype: torch.dtype) -> Tensor | None:
+        y = multiply(x, dtype if factor == 1 else torch.float32)
         return y if y is None or factor == 1 else y.mul_(factor)
 
     return Product(f"tables of {1 << bits} in groups of {16 if group_size == 16 else 32}", shape, run)
@@ -202,7 +203,7 @@ def e4m3(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Product | Non
     steps = scales if scales.dtype == torch.uint8 else scales.float()
     whole = None if across else steps.repeat_interleave(block[0], 0)[: len(codes), 0]
 
-    def run(x: Tensor) -> Tensor:
+    def run(x: Tensor, dtype: torch.dtype) -> Tensor:
         y = cpu_floats.e4m3(x, stored, steps if across else None, block[1], block[0])
         return y if whole is None else y.mul_(whole)
 
@@ -221,7 +222,7 @@ def fixed_words(tensors: dict[str, Tensor], shape: tuple[int, int]) -> Product |
         return None  # decoding says what is wrong
     starts = before[torch.arange(shape[0]) * shape[1] // fixed.BLOCK]
 
-    def run(x: Tensor) -> Tensor | None:
+    def run(x: Tensor, dtype: torch.dtype) -> Tensor | None:
         return cpu_words.linear(x, base, codes, counts, starts, escapes, rest)
 
     return Product("bfloat16 in fixed codes", shape, run, few_only=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from compress.formats.compiled import jit
@@ -42,20 +43,20 @@ def quantize(x: Tensor, order: Any, unit: int, limit: int, lanes: int, factor: i
     """
     tokens, padded = x.shape[0], len(order)
     room = tokens + -tokens % together(tokens)
-    source, array = x.detach().float().contiguous().numpy(), np.empty if room == tokens else np.zeros
+    source, array = x.detach().float().contiguous().numpy(), torch.empty if room == tokens else torch.zeros
     found = Activations(
-        array((room, padded), np.int16),
-        array((room, padded // unit), np.float32),
-        array((room, padded // unit if factor else 0, lanes // 2), np.int32),
+        array((room, padded), dtype=torch.int16).numpy(),
+        array((room, padded // unit), dtype=torch.float32).numpy(),
+        array((room, padded // unit if factor else 0, lanes // 2), dtype=torch.int32).numpy(),
     )
     arguments = (source, order, unit, np.float32(limit), np.int32(factor), found.x, found.scales, found.sums)
-    in_threads(_quantize_rows, tokens, tokens * padded, *arguments)
+    in_threads(quantize_rows, tokens, tokens * padded, *arguments)
     most = found.scales.max(initial=0)
     return found if most == most else None
 
 
 @jit
-def _quantize_rows(start, stop, source, order, unit, limit, factor, x, scales, sums):  # type: ignore[no-untyped-def]
+def quantize_rows(start, stop, source, order, unit, limit, factor, x, scales, sums):  # type: ignore[no-untyped-def]
     columns, padded, lanes = source.shape[1], x.shape[1], sums.shape[2]
     values = np.zeros(padded, np.float32)
     for token in range(start, stop):

@@ -3,8 +3,9 @@
 Codes become integers of 16 bits in registers, and are multiplied with activations of 16 bits (`cpu_activations`); sums
 are exact up to the end of a unit of columns, and are then scaled in float32.
 
-A product is made of a weight once, and then called with x, (tokens, columns) bf16, fp16 or fp32: it returns x @ W.T,
-(tokens, rows) float32, or None where x has numbers that `quantize` does not take.
+A product is made of a weight once, and then called with x, (tokens, columns) bf16, fp16 or fp32, and a dtype: it
+returns x @ W.T, (tokens, rows), in float32 or already in that dtype, or None where x has numbers that `quantize` does
+not take.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from compress.formats.compiled import jit
 from compress.formats.threads import in_threads
-from compress.kernels import cpu_tables, simd
+from compress.kernels import cpu_few, cpu_tables, simd
 from compress.kernels.cpu_activations import quantize, together
+from compress.kernels.cpu_few import Few
 from compress.kernels.cpu_row import (
     BFLOAT16,
     E4M3,
@@ -41,7 +43,7 @@ WHOLE = 1 << 30  # the size of a single group, so that rows of any length have t
 ROWS, COLUMNS = 16, 2048  # a part of the weight that stays in the cache for all tokens
 _SCALES = {torch.bfloat16: BFLOAT16, torch.float32: FLOAT32, torch.uint8: POWER, torch.float8_e4m3fn: E4M3}
 _WORDS = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}
-Multiply = Callable[[Tensor], Tensor | None]
+Multiply = Callable[[Tensor, torch.dtype], Tensor | None]
 
 TABLE_GROUP = 128  # one that `table_unit` takes with vectors of any length
 
@@ -126,8 +128,11 @@ def _product(
     steps = steps.view(np.uint16) if layout.scales == BFLOAT16 else steps
     weights = (packed.contiguous().numpy(), steps, others.contiguous().numpy(), *shared)
     height = len(packed)
+    few = Few(_kernel(layout), weights, height, (order, layout.unit, limit, factor), layout.lanes)
 
-    def run(x: Tensor) -> Tensor | None:
+    def run(x: Tensor, dtype: torch.dtype) -> Tensor | None:
+        if len(x) <= cpu_few.MOST and dtype in cpu_few.DTYPES and x.dtype in cpu_few.DTYPES and few.can_run:
+            return few(x.contiguous(), dtype)
         found = quantize(x, order, layout.unit, limit, layout.lanes, factor)
         if found is None:
             return None

@@ -6,11 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import is_not
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.formats.compiled import copied
+from compress.kernels import cpu
 from compress.kernels.op import Layout
 from compress.kernels.prepared import Prepared
 
@@ -42,9 +45,20 @@ class Stored:
     def decode(self) -> Tensor:
         return _SCHEMES[self.scheme].decode(dict(zip(self.names, self.tensors, strict=True)))
 
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """By what the layer that has these tensors runs on, where that multiplies with them as they are."""
+        running = _RUNNING.get(self.tensors[0].data_ptr())
+        y = cpu.multiply(x, running, bias, self.decode) if running and self._is(running) else None
+        return F.linear(x, self.decode().to(x.dtype), bias) if y is None else y
+
+    def _is(self, running: cpu.Prepared) -> bool:
+        pairs = zip(self.names, self.tensors, strict=True)
+        return all(name in running and running[name].data_ptr() == tensor.data_ptr() for name, tensor in pairs)
+
 
 _SCHEMES: dict[str, RunningScheme] = {}
-STORED = Layout("stored", Stored, Stored.decode)
+_RUNNING: WeakValueDictionary[int, cpu.Prepared] = WeakValueDictionary()  # by where the first tensor lies
+STORED = Layout("stored", Stored, Stored.decode, lambda x, weight, bias: weight.linear(x, bias))
 
 
 class CompressedModule(nn.Module):
@@ -95,6 +109,8 @@ class CompressedModule(nn.Module):
         dtype = self.scheme.dtype_of(found)
         packed = STORED(tuple(found.values()), names, name, tuple(self.shape), dtype)
         packed.input_scale = found.get("input_scale")
+        if isinstance(found, cpu.Prepared):
+            _RUNNING[packed.parts[0].data_ptr()] = found
         return packed
 
     def __getstate__(self) -> dict[str, Any]:

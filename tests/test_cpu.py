@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import compress
-from compress.kernels import cpu, measured, simd
+from compress.kernels import cpu, cpu_codes, cpu_few, measured, simd
 from compress.kernels.cpu import Prepared
 from compress.registry import make
 from compress.scheme import Scheme, Tensors
@@ -116,7 +116,7 @@ def test_levels_and_inputs_of_every_dtype_and_inputs_that_are_not_finite() -> No
         bound = {torch.bfloat16: 2**-8, torch.float16: 2**-10}.get(dtype, BOUND)
         assert error(scheme.linear(x, prepared), wanted) < bound
         x[1, 5] = torch.nan
-        assert prepared.product.run(x) is None
+        assert prepared.product.run(x, x.dtype) is None
         assert scheme.linear(x, prepared).isnan().all(1).tolist() == [False, True, False]
 
 
@@ -211,6 +211,34 @@ def test_outliers_among_the_inputs_cost_their_neighbours_no_more_than_their_own_
     assert error(scheme.linear(x, scheme.prepare(tensors)), wanted) < 2 * BOUND
 
 
+@pytest.mark.parametrize("name, options", [("int4", {"symmetric": False}), ("kmeans", {"bits": 3})])
+def test_a_single_call_for_a_few_tokens_gives_the_same_bits(
+    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the steps one by one, which platforms without OpenMP take: inputs in any order in memory, with and without a
+    bias, rounded to the nearest with ties to even."""
+    scheme, tensors = stored(name, (70, 256), torch.bfloat16, method="rtn", **options)
+    prepared, bias = scheme.prepare(tensors), gaussian(70)
+    for tokens, dtype in itertools.product((1, 2, 3), (torch.bfloat16, torch.float32)):
+        x = gaussian(256, tokens, dtype=dtype).T
+        found = [scheme.linear(x, prepared), scheme.linear(x, prepared, bias), prepared.product.run(x, torch.bfloat16)]
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu_few, "MOST", 0)
+            wanted = [scheme.linear(x, prepared), scheme.linear(x, prepared, bias)]
+            wanted.append(prepared.product.run(x, torch.bfloat16).bfloat16())
+        assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+
+
+def test_sums_beyond_the_largest_number_are_infinite_when_they_are_rounded() -> None:
+    """bfloat16 ends at 3.39e38, float32 at 3.40e38: between them rounding carries into the exponent."""
+    codes, scales = torch.full((2, 64), 0x99, dtype=torch.uint8), torch.tensor([[1.0], [-1.0]])  # 128 codes less 8: 1
+    run = cpu_codes.integers(codes, scales, None, 4, 128, 128)
+    x = torch.zeros(1, 128)
+    x[0, 5] = 3.399e38
+    assert run(x, torch.float32).isfinite().all()
+    assert run(x, torch.bfloat16).tolist() == [[math.inf, -math.inf]]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_comes_out_as_from_the_decoded_weight(bad: float) -> None:
     scheme, tensors = stored("int4", (32, 128), torch.float32, method="rtn")
@@ -292,7 +320,9 @@ def test_small_weights_are_decoded_and_a_choice_can_be_forced(monkeypatch: pytes
         monkeypatch.setenv("COMPRESS_CPU_PATH", forced) if forced else monkeypatch.delenv("COMPRESS_CPU_PATH")
         prepared = scheme.prepare(tensors)
         run = prepared.product.run
-        object.__setattr__(prepared.product, "run", lambda x, f=forced, run=run: asked.append(f) or run(x))
+        object.__setattr__(
+            prepared.product, "run", lambda x, dtype, f=forced, run=run: asked.append(f) or run(x, dtype)
+        )
         scheme.linear(gaussian(2, 128), prepared)
     assert asked == ["fused"] and 64 * 128 < cpu.LEAST
 
@@ -313,7 +343,7 @@ def test_a_processor_without_long_vectors_gives_the_same() -> None:
         "import torch; from compress.formats.bitpack import pack; from compress.kernels import cpu_codes, simd\n"
         "assert 'avx2' not in simd.features()\n"
         "codes = torch.randint(0, 16, (19, 96), dtype=torch.uint8); scales, x = torch.rand(19, 3), torch.randn(1, 96)\n"
-        "found = cpu_codes.integers(pack(codes, 4).view(torch.uint8), scales, None, 4, 32, x.shape[1])(x)\n"
+        "found = cpu_codes.integers(pack(codes, 4).view(torch.uint8), scales, None, 4, 32, x.shape[1])(x, x.dtype)\n"
         "wanted = x.double() @ ((codes.double() - 8) * scales.double().repeat_interleave(32, 1)).T\n"
         f"assert (found - wanted).norm() < {BOUND} * wanted.norm()"
     )

@@ -51,6 +51,21 @@ def test_a_layer_compiles_as_one_graph_and_gives_the_same(name: str) -> None:
         assert torch.equal(compiled(x[:1]), layer(x[:1]))  # another shape
 
 
+@pytest.mark.parametrize("name", ["int4", "kmeans", "bitstack", "df11 fixed"])
+def test_a_compiled_layer_multiplies_on_the_cpu_with_what_is_stored(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPRESS_CPU_PATH", "fused")
+    layers = [linear(VARIANTS[name], 48, rows, biased=True) for rows in (256, 256, 512)]
+    decoded: list[Any] = []
+    for layer in layers:
+        x = torch.randn(2, layer.in_features, generator=torch.Generator().manual_seed(1)).bfloat16()
+        with torch.no_grad():
+            want = layer(x)
+            with monkeypatch.context() as patch:
+                patch.setattr(type(layer.scheme), "decode", lambda *_: decoded.append(1))
+                assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), want)
+    assert not decoded
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by its own compiler
 def test_inductor_takes_it() -> None:
     layer = linear(make("mxfp4"), 16, 64)

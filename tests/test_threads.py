@@ -38,8 +38,8 @@ def _give(start, stop):  # type: ignore[no-untyped-def]
 def several(request: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """On three threads, of torch and of Python."""
     if request.param == "python":
-        monkeypatch.setattr(threads, "_openmp", lambda: None)
-    elif threads._openmp() is None:
+        monkeypatch.setattr(threads, "_openmp", lambda: 0)
+    elif not threads._openmp():
         pytest.skip("torch has no OpenMP of GNU's kind here")
     monkeypatch.setattr(threads, "_SIZE", 0)
     monkeypatch.setattr(threads, "_PYTHON_SIZE", 0)
