@@ -1,10 +1,10 @@
 """The Triton kernels of integers and small floats with scales; groups_triton.py launches them and has the shapes.
 
-A row is a stream of codes in 32-bit words, low bits first. A unit is what no code straddles: one word of 2, 4 or 8 bits
-a code, or BITS words of 32 codes. Code i of a unit and the one half a unit later become the lower and the upper half of
-a word, which is made the two 16-bit floats they stand for at once: of an integer the bits are put into the mantissa of
-a number so large that its steps are 1, and that number is taken away; of a float they are put where exponent and
-mantissa lie, and a power of two makes good the other bias, also where the code is subnormal. Nothing is rounded so.
+A row is a stream of codes, read in units (codes_kernels.py). Code i of a unit and the one half a unit later become the
+lower and the upper half of a word, which is made the two 16-bit floats they stand for at once: of an integer the bits
+are put into the mantissa of a number so large that its steps are 1, and that number is taken away; of a float they are
+put where exponent and mantissa lie, and a power of two makes good the other bias, also where the code is subnormal.
+Nothing is rounded so.
 
 A scale is of ROWS rows and GROUP columns. Where WHERE is "sums", tiles lie within a group and their sums are multiplied
 by it; "codes", it multiplies the codes, rounded to DOT; "rows", a row has only one.
@@ -14,6 +14,8 @@ by it; "codes", it multiplies the codes, rounded to DOT; "rows", a row has only 
 
 import triton
 import triton.language as tl
+
+from compress.kernels.codes_kernels import code_of, joined, words_of
 
 
 @triton.jit
@@ -30,36 +32,12 @@ def _scales(found, FORM: tl.constexpr):
 
 
 @triton.jit
-def _code(unit, i: tl.constexpr, BITS: tl.constexpr):
-    """Code i of units of BITS words."""
-    bit: tl.constexpr = i * BITS
-    code = unit[bit // 32] >> (bit % 32)
-    if bit % 32 + BITS > 32:
-        code |= unit[bit // 32 + 1] << (32 - bit % 32)
-    return code & ((1 << BITS) - 1)
-
-
-@triton.jit
-def _unit(codes, u, words, FORM: tl.constexpr, BITS: tl.constexpr):
-    """The words of units u of some rows, a tensor each. codes: (rows, 1) pointers. words: of a row."""
-    unit = ()
-    COUNT: tl.constexpr = 1 if 32 % BITS == 0 else BITS
-    for i in tl.static_range(COUNT):
-        at = (u * COUNT + i)[None, :]
-        word = tl.load(codes + at, mask=at < words, other=0)
-        if FORM == "signed":
-            word ^= 0x80808080
-        unit += (word,)
-    return unit
-
-
-@triton.jit
 def _pair(unit, i: tl.constexpr, BITS: tl.constexpr):
     """Code i in the lower half of a word, and in the upper one the code half a unit later."""
     if 32 % BITS == 0:
         pair = (unit[0] >> (BITS * i)) & (((1 << BITS) - 1) * 0x10001)
     else:
-        pair = _code(unit, i, BITS) | (_code(unit, i + 16, BITS) << 16)
+        pair = code_of(unit, i, BITS) | (code_of(unit, i + 16, BITS) << 16)
     return pair
 
 
@@ -107,29 +85,19 @@ def _values(pair, zeros, scales, FORM: tl.constexpr, BITS: tl.constexpr, DOT: tl
 
 
 @triton.jit
-def _joined(parts):
-    """parts[i] of all i as one tensor, with i in the last dimensions."""
-    half: tl.constexpr = len(parts) // 2
-    found = ()
-    for i in tl.static_range(half):
-        found += (tl.join(parts[i], parts[i + half]),)
-    return found
-
-
-@triton.jit
 def _pairs(unit, HALF: tl.constexpr, BITS: tl.constexpr):
     """(rows, units, HALF) uint32: code i of a unit in the lower half, and in the upper one the code HALF later."""
     parts = ()
     for i in tl.static_range(HALF):
         parts += (_pair(unit, i, BITS),)
     if HALF >= 2:
-        parts = _joined(parts)
+        parts = joined(parts)
     if HALF >= 4:
-        parts = _joined(parts)
+        parts = joined(parts)
     if HALF >= 8:
-        parts = _joined(parts)
+        parts = joined(parts)
     if HALF >= 16:
-        parts = _joined(parts)
+        parts = joined(parts)
     return tl.reshape(parts[0], (unit[0].shape[0], unit[0].shape[1], HALF))
 
 
@@ -170,7 +138,10 @@ def product(
         zero = None
         if zeros is not None:
             zero = tl.load(zeros + zeroed + group, mask=group < blocks, other=0).to(tl.int32)
-        pairs = _pairs(_unit(codes + row[:, None] * words, u, words, FORM, BITS), HALF, BITS)
+        unit = words_of(codes + row[:, None] * words, u, words, BITS)
+        if FORM == "signed":
+            unit = (unit[0] ^ 0x80808080,)
+        pairs = _pairs(unit, HALF, BITS)
         values = _values(pairs, zero, scale, FORM, BITS, DOT)
         values = tl.reshape(tl.permute(values, (0, 2, 1, 3)), (BLOCK_N, BLOCK_K))
         if WHERE == "sums":

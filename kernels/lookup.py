@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.formats.bitpack import pack as pack_bits
 from compress.formats.bitpack import packed_width, unpack
 from compress.formats.compiled import empty, jit
 from compress.formats.threads import in_threads
@@ -60,10 +59,10 @@ def decode_torch(indices: Tensor, tables: Tensor, shape: tuple[int, int], rows: 
 class Lookup:
     """A weight of N rows and K columns, as the kernels of a GPU take it.
 
-    indices: (N, words) uint32 of packed codes where their width divides 32, else (bits, N, words) bit planes, the most
-    significant first. tables: (n, 2**bits); of row // rows, or where there are scales that of the selector. scales: (N,
-    blocks) for blocks of so many columns, or None. selector: (N, blocks) uint8, or None. swapped: of each two 4-bit
-    codes the first is in the high bits.
+    indices: (N, words) uint32 of packed codes, or (bits, N, words) bit planes, the most significant first. tables: (n,
+    2**bits); of row // rows, or where there are scales that of the selector. scales: (N, blocks) for blocks of so many
+    columns, or None. selector: (N, blocks) uint8, or None. swapped: of each two 4-bit codes the first is in the high
+    bits.
     """
 
     indices: Tensor
@@ -104,11 +103,7 @@ def pack(
     selector: Tensor | None = None,
     swapped: bool = False,
 ) -> Packed:
-    """`on_gpu`, on any device. indices: as `decode` takes them; packed anew where their width does not divide 32."""
-    bits = tables.shape[1].bit_length() - 1
-    if indices.dim() == 2 and 32 % bits:
-        codes = unpack(indices, bits, shape[1])
-        indices = torch.stack([pack_bits((codes >> b) & 1, 1) for b in range(bits - 1, -1, -1)])
+    """`on_gpu`, on any device. indices: as `decode` takes them; they are used as they lie in memory."""
     if scales is not None and selector is None:
         selector = torch.zeros(scales.shape, dtype=torch.uint8, device=scales.device)
     words = indices.contiguous().view(torch.uint32)

@@ -1,14 +1,18 @@
 """The Triton kernels of codebooks: what runs on the device; lookup_triton.py launches them and has the tensors' shapes.
 
-Codes are packed (BITS divides 32) or lie in bit planes. A tile of codes is looked up in its rows' tables: small ones
-are registers, which `tl.gather` reads through shuffles or shared memory; those of more than 16 levels stay in the L1
-cache. Where SCALED, a block of COLUMNS columns has a scale, and a selector says which table; tiles lie within blocks.
+Codes are packed, in units where their width does not divide 32 (codes_kernels.py), or lie in bit planes. A tile of
+codes is looked up in its rows' tables: small ones are registers, which `tl.gather` reads through shuffles or shared
+memory; those of more than 16 levels stay in the L1 cache, and so do those of units, of which a thread has so many codes
+that choosing among registers takes twice the instructions. Where SCALED, a block of COLUMNS columns has a scale, and a
+selector says which table; tiles lie within blocks.
 """
 
 # mypy: ignore-errors
 
 import triton
 import triton.language as tl
+
+from compress.kernels.codes_kernels import code_of, joined, words_of
 
 
 @triton.jit
@@ -24,6 +28,13 @@ def _codes(
         for b in tl.static_range(BITS):
             word = tl.load(indices + (b * planes + row * words + w), mask=w < words, other=0)
             codes = (codes << 1) | ((word[:, :, None] >> shift) & 1)
+    elif 32 % BITS:
+        unit = words_of(indices + row * words, k0 // 32 + tl.arange(0, BLOCK_K // 32), words, BITS)
+        parts = ()
+        for i in tl.static_range(32):
+            parts += (code_of(unit, i, BITS),)
+        parts = joined(joined(joined(joined(joined(parts)))))
+        codes = parts[0].to(tl.int32)
     else:
         w = k0 * BITS // 32 + tl.arange(0, BLOCK_K * BITS // 32)[None, :]
         shift = (tl.arange(0, 32 // BITS) ^ (1 if SWAPPED else 0))[None, None, :] * BITS
@@ -34,18 +45,21 @@ def _codes(
 
 @triton.jit
 def _tile(
-    indices, tables, scales, selector, row, k0, words, planes, blocks, ROWS,
+    indices, tables, scales, selector, row, k0, words, planes, blocks, book,
     COLUMNS: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, SCALED: tl.constexpr,
     SWAPPED: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """(rows, BLOCK_K) weights from column k0 on: in the tables' dtype, or where SCALED float32."""
+    """(rows, BLOCK_K) weights from column k0 on: in the tables' dtype, or where SCALED float32.
+
+    book: (rows, 1), where a row's table begins, unless SCALED.
+    """
     codes = _codes(indices, row, k0, words, planes, BITS, PLANES, SWAPPED, BLOCK_K)
     if SCALED:
         at = row * blocks + k0 // COLUMNS
         table = tables + (tl.load(selector + at).to(tl.int32) << BITS)
     else:
-        table = tables + ((row // ROWS) << BITS)
-    if BITS <= 4:
+        table = tables + book
+    if BITS <= 4 and (PLANES or 32 % BITS == 0):
         # 16 at least: Triton 3.6 cannot lay out a gather from fewer over a warp.
         level = tl.minimum(tl.arange(0, 16), (1 << BITS) - 1)[None, :]
         values = tl.gather(tl.load(table + level), codes, 1)
@@ -76,7 +90,7 @@ def decode(
         words,
         planes,
         blocks,
-        ROWS,
+        row // ROWS << BITS,
         COLUMNS,
         BITS,
         PLANES,
@@ -98,6 +112,7 @@ def product(
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(2)
     row = tl.minimum(n, N - 1).to(tl.int64)[:, None]
+    book = row // ROWS << BITS
     tiles = tl.cdiv(K, BLOCK_K)
     each = tl.cdiv(tiles, SPLIT)
     lane = tl.arange(0, BLOCK_K)
@@ -109,7 +124,7 @@ def product(
         k0 = tile * BLOCK_K
         k = k0 + lane
         weight = _tile(
-            indices, tables, scales, selector, row, k0, words, planes, blocks, ROWS,
+            indices, tables, scales, selector, row, k0, words, planes, blocks, book,
             COLUMNS, BITS, PLANES, SCALED, SWAPPED, BLOCK_K,
         )  # fmt: skip
         if BLOCK_M == 1:

@@ -22,9 +22,9 @@ def decode(weight: Lookup) -> Tensor:
     """(N, K), each a level, or level * scale in float32, rounded to the weight's dtype."""
     n, k = weight.shape
     out = torch.empty(n, k, dtype=weight.dtype, device=weight.indices.device)
-    block_k = _block_k(weight, 128)
-    grid = (triton.cdiv(n, 16), triton.cdiv(k, block_k))
-    _launch(kernels.decode, grid, *_parts(weight), out, n, k, *_sizes(weight), BLOCK_N=16, BLOCK_K=block_k)
+    block_n, block_k = _tile(weight, 16, 128)
+    grid = (triton.cdiv(n, block_n), triton.cdiv(k, block_k))
+    _launch(kernels.decode, grid, *_parts(weight), out, n, k, *_sizes(weight), BLOCK_N=block_n, BLOCK_K=block_k)
     return out
 
 
@@ -39,8 +39,7 @@ def linear(x: Tensor, weight: Lookup, bias: Tensor | None = None) -> Tensor:
     flat = x.reshape(-1, k).contiguous()
     tokens = len(flat)
     block_m = 1 if tokens == 1 else 16 if tokens <= 16 else 64
-    block_n, block_k = (8, 128) if block_m == 1 else (64, 64)
-    block_k = _block_k(weight, block_k)
+    block_n, block_k = _tile(weight, *((8, 128) if block_m == 1 else (64, 64)))
     across, down = triton.cdiv(n, block_n), triton.cdiv(tokens, block_m)
     split = max(1, min(PROGRAMS // max(1, across * down), triton.cdiv(k, 2 * block_k)))
     partial = torch.empty(split, tokens, n, device=x.device)
@@ -64,11 +63,13 @@ def linear(x: Tensor, weight: Lookup, bias: Tensor | None = None) -> Tensor:
     return sums.finish(partial, bias, x.dtype).view(*x.shape[:-1], n)
 
 
-def _block_k(weight: Lookup, most: int) -> int:
-    """Columns of a tile: a power of two that divides the blocks."""
-    if weight.scales is None:
-        return most
-    return min(most, weight.columns & -weight.columns)
+def _tile(weight: Lookup, rows: int, columns: int) -> tuple[int, int]:
+    """Rows and columns of a tile, which lies within a block; of packed codes that straddle words, a unit a thread."""
+    if weight.scales is not None:
+        columns = min(columns, weight.columns & -weight.columns)
+    if weight.indices.dim() == 2 and 32 % weight.bits:
+        rows = 32 * 128 // columns
+    return rows, columns
 
 
 def _parts(weight: Lookup) -> tuple[Tensor, ...]:

@@ -127,9 +127,10 @@ _LOOKUP = {"indices": "*u32", "tables": "*bf16", "scales": "*bf16", "selector": 
 def _lookup(bits: int, block_m: int, planes: bool = False, columns: int = 1) -> Kernel:
     sizes = {"BLOCK_N": 8, "BLOCK_K": 128} if block_m == 1 else {"BLOCK_N": 64, "BLOCK_K": 64}
     sizes |= {"BLOCK_K": min(sizes["BLOCK_K"], columns)} if columns > 1 else {}
+    sizes |= {"BLOCK_N": 4096 // sizes["BLOCK_K"]} if 32 % bits and not planes else {}
     how = {"BITS": bits, "PLANES": planes, "COLUMNS": columns, "SCALED": columns > 1, "SWAPPED": False, "DOT": "bf16"}
     types = {**_LOOKUP, **_SPLIT, "x": "*bf16", "partial": "*fp32", "M": "i32", **_TILES}
-    which = CAPABILITIES if block_m == 1 and bits == 4 else (90,)
+    which = CAPABILITIES if block_m == 1 and bits in (3, 4) and not planes else (90,)
     return Kernel("lookup_kernels", "product", types, {**how, "BLOCK_M": block_m, **sizes}, capabilities=which)
 
 
@@ -140,25 +141,26 @@ def _lookup_decode(bits: int) -> Kernel:
         "COLUMNS": 1,
         "SCALED": False,
         "SWAPPED": False,
-        "BLOCK_N": 16,
+        "BLOCK_N": 32 if 32 % bits else 16,
         "BLOCK_K": 128,
     }
     return Kernel("lookup_kernels", "decode", {**_LOOKUP, "out": "*bf16", **_TILES}, how)
 
 
 LOOKUP = {
+    "lookup decode, 3 bits": _lookup_decode(3),
     "lookup decode, 4 bits": _lookup_decode(4),
+    "lookup decode, 6 bits": _lookup_decode(6),
     "lookup decode, 8 bits": _lookup_decode(8),
-    "lookup, 2 bits, 1 token": _lookup(2, 1),
-    "lookup, 4 bits, 1 token": _lookup(4, 1),
-    "lookup, 8 bits, 1 token": _lookup(8, 1),
+    **{f"lookup, {bits} bits, 1 token": _lookup(bits, 1) for bits in range(2, 9)},
     "lookup, 3 planes, 1 token": _lookup(3, 1, planes=True),
-    "lookup, 4 bits, 16 tokens": _lookup(4, 16),
-    "lookup, 8 bits, 16 tokens": _lookup(8, 16),
+    **{f"lookup, {bits} bits, 16 tokens": _lookup(bits, 16) for bits in (3, 4, 6, 8)},
     "lookup, 3 planes, 16 tokens": _lookup(3, 16, planes=True),
-    "lookup, 4 bits, 64 tokens": _lookup(4, 64),
-    "lookup, 4 bits in scaled blocks, 1 token": _lookup(4, 1, columns=128),
-    "lookup, 3 planes in scaled blocks, 16 tokens": _lookup(3, 16, planes=True, columns=128),
+    **{f"lookup, {bits} bits, 64 tokens": _lookup(bits, 64) for bits in (4, 7)},
+    **{f"lookup, {bits} bits in scaled blocks, 1 token": _lookup(bits, 1, columns=128) for bits in (3, 4, 6)},
+    "lookup, 3 bits in scaled blocks, 16 tokens": _lookup(3, 16, columns=128),
+    "lookup, 3 bits in scaled blocks of 32, 1 token": _lookup(3, 1, columns=32),
+    "lookup, 3 bits in scaled blocks of 32, 64 tokens": _lookup(3, 64, columns=32),
 }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiled_kernels import CHOSEN, KERNELS, SHARED_LIMIT, TABLE, on_amd, resources, targets
+from compiled_kernels import CHOSEN, KERNELS, LOOKUP, SHARED_LIMIT, TABLE, on_amd, resources, targets
 
 pytest.importorskip("triton")
 
@@ -64,3 +64,16 @@ def test_amd_s_gpus_are_given_the_tiles_that_are_compiled(tokens: int, monkeypat
     kernel = on_amd(KERNELS[f"int4, {tokens} token{'s' if tokens > 1 else ''}"])
     assert {"WHERE": where, **tile}.items() <= kernel.constants.items()
     assert prepared.stages(3) == kernel.stages
+
+
+@pytest.mark.parametrize("name", [name for name, kernel in LOOKUP.items() if kernel.constants.get("BLOCK_M")])
+def test_codebooks_are_launched_with_the_tiles_that_are_compiled(name: str) -> None:
+    from compress.kernels import lookup, lookup_triton
+
+    how = LOOKUP[name].constants
+    bits, columns = how["BITS"], how["COLUMNS"]
+    indices = torch.zeros((bits, 8, 8) if how["PLANES"] else (8, 8 * bits), dtype=torch.int32)
+    scales = torch.ones(8, 256 // columns) if how["SCALED"] else None
+    weight = lookup.pack(indices, torch.zeros(8, 1 << bits), (8, 256), 1, columns, torch.bfloat16, scales).weight
+    tile = lookup_triton._tile(weight, *((8, 128) if how["BLOCK_M"] == 1 else (64, 64)))
+    assert tile == (how["BLOCK_N"], how["BLOCK_K"])

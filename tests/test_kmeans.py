@@ -16,7 +16,7 @@ from compress.export import export
 from compress.formats import bitpack, cluster, datatypes
 from compress.formats.nf4 import LEVELS
 from compress.ganq import Fit
-from compress.kernels import lookup
+from compress.kernels import lookup, prepared
 from compress.kmeans import Kmeans
 from compress.registry import make
 from compress.stats import Stats
@@ -288,6 +288,18 @@ def test_the_compiled_lookup_gives_what_plain_torch_gives(dtype: torch.dtype, pl
             found = lookup.decode(packed, tables, (rows, columns), shared, block)
             assert torch.equal(found, lookup.decode_torch(packed, tables, (rows, columns), shared, block))
             assert found[-1, -1] == tables[-1, -1, int(codes[-1, -1])]
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("options", [{}, {"codebook": "nf"}, {"nested": True}], ids=["learned", "nf", "nested"])
+def test_on_a_gpu_codes_lie_in_memory_once(bits: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    scheme = Kmeans(bits=bits, **options, **RTN)
+    tensors = scheme.encode(gaussian((5, 131)))
+    with monkeypatch.context() as patch:
+        patch.setattr(prepared, "runs_triton", lambda device: True)
+        held = scheme.prepare(tensors)
+    assert held.weight.indices.data_ptr() == tensors["indices"].data_ptr()
+    assert torch.equal(held.decode(), scheme.decode(tensors))
 
 
 def test_tensors_that_do_not_belong_together_are_refused() -> None:
