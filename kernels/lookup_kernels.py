@@ -1,10 +1,9 @@
 """The Triton kernels of codebooks: what runs on the device; lookup_triton.py launches them and has the tensors' shapes.
 
 Codes are packed, in units where their width does not divide 32 (codes_kernels.py), or lie in bit planes. A tile of
-codes is looked up in its rows' tables: small ones are registers, which `tl.gather` reads through shuffles or shared
-memory; those of more than 16 levels stay in the L1 cache, and so do those of units, of which a thread has so many codes
-that choosing among registers takes twice the instructions. Where SCALED, a block of COLUMNS columns has a scale, and a
-selector says which table; tiles lie within blocks.
+codes is looked up in its rows' tables, which stay in the L1 cache: a `tl.gather` from registers takes up to eight
+shuffles a weight, each of which costs what such a load does. Where SCALED, a block of COLUMNS columns has a scale, and
+a selector says which table; tiles lie within blocks.
 """
 
 # mypy: ignore-errors
@@ -59,12 +58,7 @@ def _tile(
         table = tables + (tl.load(selector + at).to(tl.int32) << BITS)
     else:
         table = tables + book
-    if BITS <= 4 and (PLANES or 32 % BITS == 0):
-        # 16 at least: Triton 3.6 cannot lay out a gather from fewer over a warp.
-        level = tl.minimum(tl.arange(0, 16), (1 << BITS) - 1)[None, :]
-        values = tl.gather(tl.load(table + level), codes, 1)
-    else:
-        values = tl.load(table + codes)
+    values = tl.load(table + codes)
     if SCALED:
         values = values.to(tl.float32) * tl.load(scales + at).to(tl.float32)
     return values
