@@ -222,10 +222,8 @@ def fixed_words(tensors: dict[str, Tensor], shape: tuple[int, int]) -> Product |
         return None  # decoding says what is wrong
     starts = before[torch.arange(shape[0]) * shape[1] // fixed.BLOCK]
 
-    def run(x: Tensor, dtype: torch.dtype) -> Tensor | None:
-        return cpu_words.linear(x, base, codes, counts, starts, escapes, rest)
-
-    return Product("bfloat16 in fixed codes", shape, run, few_only=True)
+    multiply = cpu_words.product(base, codes, counts, starts, escapes, rest)
+    return Product("bfloat16 in fixed codes", shape, lambda x, dtype: multiply(x), few_only=True)
 
 
 def _sound(scales: Tensor, power: int) -> bool:

@@ -65,8 +65,8 @@ def e4m3(x: Tensor, codes: Tensor, scales: Tensor | None, group_size: int, rows:
 
 def inputs_of(x: Tensor, size: int, tokens: int) -> Any:
     """In float32, with zeros behind the last column and the last token."""
-    padded = F.pad(x.detach().float(), (0, -x.shape[1] % size, 0, -len(x) % tokens))
-    return padded.contiguous().numpy()
+    missing, wide = (0, -x.shape[1] % size, 0, -len(x) % tokens), x.detach().float()
+    return (F.pad(wide, missing) if any(missing) else wide).contiguous().numpy()
 
 
 @cache

@@ -7,7 +7,7 @@ may remain of two large sums), are decoded into the cache nearest to the process
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, reduce
 from typing import Any
 
@@ -31,26 +31,45 @@ MOST_ESCAPES = 1 / 8  # of a row that is multiplied as it is decoded
 MOST_BASE = 192  # of such words, so that no sum overflows which is taken away again
 
 
-def linear(
-    x: Tensor, base: int, codes: Tensor, counts: Tensor, starts: Tensor, escapes: Tensor, rest: Tensor
-) -> Tensor | None:
-    """x @ W.T in float32, W the bfloat16 words that `formats.fixed` coded, bit for bit: escapes have code 0. None where
-    x is not finite, as infinity less infinity is no number.
+def product(
+    base: int, codes: Tensor, counts: Tensor, starts: Tensor, escapes: Tensor, rest: Tensor
+) -> Callable[[Tensor], Tensor | None]:
+    """What multiplies with the bfloat16 words that `formats.fixed` coded, W, bit for bit: escapes have code 0.
 
-    x: (tokens, columns) bf16, fp16 or fp32. rest: (height, columns) uint8. starts: (height,) int64, how many escapes
-    are before the block that each row begins in. The others as `fixed.decode` takes them.
+    rest: (height, columns) uint8. starts: (height,) int64, how many escapes are before the block that each row begins
+    in. The others as `fixed.decode` takes them. Returned is a function of x, (tokens, columns) bf16, fp16 or fp32: it
+    gives x @ W.T in float32, or None where x is not finite, as infinity less infinity is no number.
     """
     height, columns = rest.shape
-    layout = Layout(BFLOAT16, 0, UNIT, simd.lanes(), together(len(x)))
-    inputs = inputs_of(x, UNIT, layout.tokens)
-    if not np.isfinite(inputs).all():
-        return None
-    mixed = inputs.reshape(-1, 2, 4, 4).swapaxes(1, 2).reshape(inputs.shape)
-    out = np.zeros((len(inputs), height), np.float32)
     arrays = [array.contiguous().numpy() for array in (codes.view(-1, fixed.BLOCK_BYTES), counts, starts, escapes)]
-    arguments = (np.uint8(base), *arrays, rest.contiguous().view(-1).numpy(), inputs, mixed, out)
-    in_threads(_fixed_rows(layout), height, height * columns * len(x), columns, *arguments)
-    return torch.from_numpy(out[: len(x)])
+    stored = (np.uint8(base), *arrays, rest.contiguous().view(-1).numpy())
+
+    def run(x: Tensor) -> Tensor | None:
+        layout = Layout(BFLOAT16, 0, UNIT, simd.lanes(), together(len(x)))
+        inputs = inputs_of(x, UNIT, layout.tokens)
+        mixed = torch.empty(inputs.shape).numpy()  # from where a cache line begins
+        if not _mix(inputs.reshape(-1), mixed.reshape(-1)):
+            return None
+        out = np.zeros((len(inputs), height), np.float32)
+        in_threads(_fixed_rows(layout), height, height * columns * len(x), columns, *stored, inputs, mixed, out)
+        return torch.from_numpy(out[: len(x)])
+
+    return run
+
+
+@jit
+def _mix(x, mixed):  # type: ignore[no-untyped-def]
+    """Puts numbers into the order of `_floats`; whether all of them are finite."""
+    largest = np.uint32(0)
+    bits = x.view(np.uint32)
+    for i in range(bits.shape[0]):  # as integers: what is not finite is larger than any number
+        largest = max(largest, bits[i] & np.uint32(0x7FFFFFFF))
+    for first in range(0, x.shape[0], STEP):
+        for half in range(2):
+            for q in range(4):
+                for i in range(4):
+                    mixed[first + 8 * q + 4 * half + i] = x[first + 16 * half + 4 * q + i]
+    return largest < 0x7F800000
 
 
 @cache
@@ -63,7 +82,7 @@ def _fixed_rows(layout: Layout) -> Any:
         words = np.zeros(columns + padded + 2 * fixed.BLOCK, np.uint16)
         found, steps, inputs = np.empty(tokens, np.float32), np.zeros(1, np.float32), x.reshape(-1)
         shuffled, is_whole = mixed.reshape(-1), columns % fixed.BLOCK == 0 and base < MOST_BASE
-        blocks, work = columns // fixed.BLOCK, (np.empty(columns + FEW, np.int64), np.empty(columns))
+        blocks, begins = columns // fixed.BLOCK, np.empty(columns + FEW, np.int64)
         for row in range(start, stop):
             block, position = row * columns // fixed.BLOCK, starts[row]
             if is_whole:
@@ -77,9 +96,10 @@ def _fixed_rows(layout: Layout) -> Any:
                         _whole_row((codes, rest, shuffled), spot, base, found, tokens)
                         for t in range(tokens):
                             out[token + t, row] = found[t]
-                    _differences(base, counts, escapes, rest, (block, position, first), blocks, work)
+                    _columns(counts, block, blocks, begins)
+                    part, low = escapes[position : position + few], rest[first : first + columns]
                     for token in range(x.shape[0]):
-                        out[token, row] = np.float32(out[token, row] + _sum(work, few, x[token]))
+                        out[token, row] += _escaped(base, part, low, begins, x[token])
                     continue
             at = row * columns - block * fixed.BLOCK
             for place in range(0, at + columns, fixed.BLOCK):
@@ -105,38 +125,45 @@ def _fixed_rows(layout: Layout) -> Any:
 
 
 @jit
-def _differences(base, counts, escapes, rest, place, blocks, work):  # type: ignore[no-untyped-def]
-    """By how much the escapes of a row of whole blocks are more than words with code 0; returns how many there are.
+def _columns(counts, block, blocks, columns):  # type: ignore[no-untyped-def]
+    """Fills columns, (columns + FEW,) int64, with where the block of each escape of a row begins: how many there are.
 
-    place: its first block, escape and word. work: to be filled, their columns, int64, and the differences, which
-    float64 holds exactly; (columns + FEW,) and (columns,).
+    Without branches, which would be guessed wrong: some too many, until the next block.
     """
-    (block, position, first), (columns, differences), few = place, work, 0
-    for number in range(blocks):  # without branches, which would be guessed wrong: some too many, until the next block
+    few = 0
+    for number in range(blocks):
         for i in range(FEW):
             columns[few + i] = number * fixed.BLOCK
         count = np.int64(counts[block + number])
         for i in range(FEW, count):
             columns[few + i] = number * fixed.BLOCK
         few += count
-    bottom = np.uint32(base) << np.uint32(23)
-    for i in range(few):
-        escape = escapes[position + i]
-        column = columns[i] + np.int64(escape >> np.uint16(8))
-        low = np.uint32(rest[first + column])
-        bits = ((low & np.uint32(0x80)) << np.uint32(24)) | ((low & np.uint32(0x7F)) << np.uint32(16))
-        right = np.uint32(bits | (np.uint32(escape & np.uint16(255)) << np.uint32(23))).view(np.float32)
-        wrong = np.uint32(bits | bottom).view(np.float32)
-        columns[i], differences[i] = column, np.float64(right) - np.float64(wrong)
     return few
 
 
 @jit
-def _sum(work, count, x):  # type: ignore[no-untyped-def]
-    (columns, differences), total = work, 0.0
-    for i in range(count):
-        total += differences[i] * x[columns[i]]
-    return total
+def _escaped(base, escapes, rest, columns, x):  # type: ignore[no-untyped-def]
+    """By how much the products of a row's escapes are more than those of words with code 0. rest: of the row."""
+    a = b = c = d = np.float32(0)  # sums that do not wait for one another
+    count, bottom = escapes.shape[0], np.uint32(base) << np.uint32(23)
+    for i in range(0, count - 3, 4):
+        a += _more(i, bottom, escapes, rest, columns, x)
+        b += _more(i + 1, bottom, escapes, rest, columns, x)
+        c += _more(i + 2, bottom, escapes, rest, columns, x)
+        d += _more(i + 3, bottom, escapes, rest, columns, x)
+    for i in range(count // 4 * 4, count):
+        a += _more(i, bottom, escapes, rest, columns, x)
+    return (a + b) + (c + d)
+
+
+@jit
+def _more(i, bottom, escapes, rest, columns, x):  # type: ignore[no-untyped-def]
+    escape = np.uint32(escapes[i])
+    column = columns[i] + np.int64(escape >> np.uint32(8))
+    low = np.uint32(rest[column])
+    bits = ((low & np.uint32(0x80)) << np.uint32(24)) | ((low & np.uint32(0x7F)) << np.uint32(16))
+    right = np.uint32(bits | ((escape & np.uint32(255)) << np.uint32(23))).view(np.float32)
+    return (right - np.uint32(bits | bottom).view(np.float32)) * x[column]
 
 
 @intrinsic
