@@ -50,8 +50,10 @@ def decode(
     out: Any,
     count: int | None = None,
     chunks: Any = None,
+    loop: Any = None,
 ) -> None:
-    """The inverse of `encode`: fills out, (n,) uint16. count and chunks as in `huffman.decode`.
+    """The inverse of `encode`: fills out, (n,) uint16. count and chunks as in `huffman.decode`. loop: over chunks, one
+    that takes and does what `_decode_chunks` here does.
 
     Raises ValueError where the tensors do not fit together.
     """
@@ -65,7 +67,8 @@ def decode(
     if escapes.shape != (offsets[-1],):
         raise ValueError("the codes are cut off or damaged; download the checkpoint again")
     which = np.arange(-(-total // CHUNK)) if chunks is None else chunks
-    in_threads(_decode_chunks, len(which), out.size, np.uint8(base), codes, offsets, escapes, rest, which, total, out)
+    arguments = (np.uint8(base), codes, offsets, escapes, rest, which, total, out)
+    in_threads(loop or _decode_chunks, len(which), out.size, *arguments)
 
 
 def _offsets(counts: Any) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from compress.formats import fixed
 from compress.formats.compiled import intrinsic, jit
+from compress.formats.huffman import CHUNK
 from compress.formats.threads import in_threads
 from compress.kernels import simd
 from compress.kernels.cpu_activations import together
@@ -106,10 +107,7 @@ def _fixed_rows(layout: Layout) -> Any:
                 behind = position + counts[block]
                 if (block + 1) * fixed.BLOCK <= total:
                     _block(words, place, codes, block * fixed.BLOCK_BYTES, rest, block * fixed.BLOCK, base)
-                    for number in range(position, behind):
-                        escape = escapes[number]
-                        i = place + np.int64(escape >> np.uint16(8))
-                        words[i] = (words[i] & np.uint16(0x807F)) | ((escape & np.uint16(255)) << np.uint16(7))
+                    _put(escapes[position:behind], words[place : place + fixed.BLOCK])
                 else:
                     low = rest[block * fixed.BLOCK :]
                     part = words[place : place + low.shape[0]]
@@ -122,6 +120,32 @@ def _fixed_rows(layout: Layout) -> Any:
                     out[token + t, row] = found[t]
 
     return rows_of
+
+
+@jit
+def decode_chunks(start, stop, base, packed, offsets, escapes, rest, which, total, out):  # type: ignore[no-untyped-def]
+    """For `fixed.decode`: whole blocks in registers."""
+    codes, last = packed.reshape(-1), packed.shape[0]
+    for slot in range(start, stop):
+        first = which[slot] * CHUNK // fixed.BLOCK
+        for block in range(first, min(first + CHUNK // fixed.BLOCK, last)):
+            place, begin = slot * CHUNK + (block - first) * fixed.BLOCK, block * fixed.BLOCK
+            found = escapes[offsets[block] : offsets[block + 1]]
+            low = rest[begin : min(begin + fixed.BLOCK, total)]
+            words = out[place : place + low.size]
+            if low.size == fixed.BLOCK:
+                _block(out, place, codes, block * fixed.BLOCK_BYTES, rest, begin, base)
+                _put(found, words)
+            else:
+                fixed._decode_block(base, packed[block], found, low, words)
+
+
+@jit
+def _put(escapes, words):  # type: ignore[no-untyped-def]
+    """Writes their symbols over the words of a whole block."""
+    for escape in escapes:
+        i = np.int64(escape >> np.uint16(8))
+        words[i] = (words[i] & np.uint16(0x807F)) | ((escape & np.uint16(255)) << np.uint16(7))
 
 
 @jit

@@ -15,7 +15,7 @@ from torch import Tensor
 from compress.formats import fixed, huffman
 from compress.formats.compiled import empty
 from compress.formats.words import join
-from compress.kernels import prepared
+from compress.kernels import cpu_words, prepared
 from compress.kernels.op import Layout, Packed
 
 CHUNK = huffman.CHUNK
@@ -36,7 +36,8 @@ def decode(tensors: dict[str, Tensor], count: int, chunks: Any = None) -> Tensor
     if "base" in tensors:
         codes = arrays["codes"].reshape(-1, fixed.BLOCK_BYTES)
         counts, escapes = arrays["escape_counts"], arrays["escapes"]
-        fixed.decode(int(arrays["base"][0]), codes, counts, escapes, rest, words, count, chunks)
+        stored = (int(arrays["base"][0]), codes, counts, escapes, rest)
+        fixed.decode(*stored, words, count, chunks, cpu_words.decode_chunks)
     else:
         table = arrays["table"].reshape(-1, 2)
         huffman.decode(table, arrays["chunk_bytes"], arrays["codes"], rest, words, count, chunks)
