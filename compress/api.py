@@ -85,6 +85,7 @@ def load(
 ) -> PreTrainedModel:
     """The model of a checkpoint (directory or hub id), in eval mode; compressed linears run on our kernels.
 
+    `dtype=torch.float32` computes in that, by default in the stored dtype.
     max_memory: what all weights of a `bitstack` model may take, "3.2GiB" or bytes; `model.resize("2GiB")` changes that
     between forward passes. options: `kv_cache="bfp"` or `"kivi"`, with `kv_bits` and `kv_window`, keeps keys and values
     packed; and those of a scheme, to run with others than it was stored with: `coding="fixed"` of df11 is larger, and
@@ -119,7 +120,11 @@ def decode(tensors: Tensors, scheme: str = "int4", **options: Any) -> Tensor:
     try:
         made.check({name: Spec.of(name, tensor) for name, tensor in tensors.items()})
     except ValueError as error:
-        raise ValueError(f"{scheme}: {error} (given: {', '.join(tensors) or 'none'})") from None
+        wrong = str(error).partition(";")[0].partition(", so ")[0]  # what else there is to do is meant for files
+        given = ", ".join(tensors) or "none"
+        raise ValueError(
+            f"{scheme}: {wrong} (given: {given}); name the scheme and the options that they were encoded with"
+        ) from None
     return made.decode(tensors)
 
 

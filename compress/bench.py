@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from compress.devices import check_device
 from compress.formats.compiled import copied
-from compress.hf import check_device
 from compress.kernels import measured
 from compress.progress import Progress
 from compress.registry import SCHEMES, make, options

@@ -52,6 +52,8 @@ class Calibration:
     seq_len: int | None = None
 
     def __post_init__(self) -> None:
+        if not self.source:
+            raise ValueError("calibration: no source; name a .txt or .jsonl file, a dataset id, builtin or self")
         if self.samples < 1 or (self.seq_len is not None and self.seq_len < 2):
             raise ValueError(f"{self}: give 1 sample or more, of 2 tokens or more")
 

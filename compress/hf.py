@@ -29,6 +29,7 @@ from transformers.utils.quantization_config import BitsAndBytesConfig, Compresse
 
 from compress import dfloat11, kv_scales, planning, sizes
 from compress import kv_cache as packed_cache
+from compress.devices import check_device
 from compress.formats.checkpoint import Checkpoint, weight_files
 from compress.live import Live
 from compress.placement import Placement, packed_weights
@@ -38,6 +39,7 @@ from compress.store import Files
 from compress.structure import Structure, read_config
 
 METHOD = "compress"
+_DTYPES = ("auto", "bfloat16", "float16", "float32", torch.bfloat16, torch.float16, torch.float32)
 
 
 @register_quantization_config(METHOD)
@@ -160,28 +162,20 @@ def _ignore_when_loading(model: PreTrainedModel, structure: Structure, names: se
     model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | patterns
 
 
-def check_device(device: str | torch.device | None) -> None:
-    """Raises ValueError for a device that this machine or this torch does not have."""
-    try:
-        if torch.empty(0, device=device).is_meta:
-            raise ValueError(f"device {device} computes nothing; cpu always does")
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().split("\n")[0].split(":")[0]
-        raise ValueError(f"device {device} cannot be used here: {reason}; cpu always can") from None
-
-
 def load(
     path: str | Path,
     device: str | torch.device | None = None,
     max_memory: int | str | None = None,
     *,
+    dtype: torch.dtype | str = "auto",
     kv_cache: str | None = None,
     kv_bits: int | None = None,
     kv_window: int | None = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """The model of a checkpoint directory, in eval mode and its stored dtype; compressed ones run on our kernels.
+    """The model of a checkpoint directory, in eval mode; compressed ones run on our kernels.
 
+    dtype: that the model computes in; auto: the stored one.
     max_memory: what all weights of a `bitstack` model may take, "3.2GiB" or bytes; `model.resize` changes it later.
     kv_cache: `bfp` or `kivi`, to keep keys and values packed. options: of the scheme that it is stored with,
     to be run with others (`coding="fixed"`, `bits=3`). Raises ValueError where the directory is no checkpoint or
@@ -189,6 +183,8 @@ def load(
     """
     if kv_cache is None and (kv_bits, kv_window) != (None, None):
         raise ValueError("kv_bits, kv_window: of which cache? pass kv_cache='bfp' or kv_cache='kivi'")
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype: {dtype!r} is not one of auto, bfloat16, float16, float32")
     path = Path(path)
     check_device(device)
     weight_files(path)  # transformers would open a pickle where there is no safetensors file
@@ -206,11 +202,11 @@ def load(
         run = {"run": quantization, "options": options, "most_blocks": most}
         config.quantization_config = {"quant_method": METHOD, **run}
     if hasattr(config, dfloat11.KEY):
-        model = _load_dfloat11(path, config)
+        model = _load_dfloat11(path, config, dtype)
     else:
         with _no_progress_bar():
             model = model_class(config).from_pretrained(
-                path, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False
+                path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
             )
     if device is not None:
         torch.nn.Module.to(model, device)
@@ -222,13 +218,13 @@ def load(
     return model
 
 
-def _load_dfloat11(path: Path, config: PretrainedConfig) -> PreTrainedModel:
+def _load_dfloat11(path: Path, config: PretrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
     """A checkpoint in DFloat11's own layout, decoded: transformers would load random weights."""
     source = Source(path)
     delattr(config, dfloat11.KEY)
     state = {name: source.read(name) for name in source.specs}
     with _no_progress_bar():
-        model: PreTrainedModel = model_class(config).from_pretrained(None, config=config, state_dict=state)
+        model: PreTrainedModel = model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     if (path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model
@@ -246,8 +242,8 @@ def _check_options(path: Path, quantization: Mapping[str, Any] | None, options: 
     recoding = [scheme.name for scheme in schemes if scheme.recodes]
     if not recoding:
         raise ValueError(
-            f"{path}: {', '.join(options)} can be chosen at loading only for what a lossless scheme stored, or kmeans "
-            "with nested=true"
+            f"{path}: loading takes no {', '.join(options)}. It takes dtype, device, max_memory, kv_cache, kv_bits and "
+            "kv_window; and options of schemes that can be decoded otherwise, which df11 and nested kmeans can"
         )
     for name in recoding:
         make(name, options)

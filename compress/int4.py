@@ -62,13 +62,15 @@ class Int4(Scheme):
     def fit(self, shape: tuple[int, ...]) -> Int4:
         """A group that does not divide in_features gives way to the next that does.
 
-        Halves down to 32 come first, because kernels elsewhere know them; then divisors down to 16; then the row.
+        Halves down to 32 come first, because kernels elsewhere know them; then divisors down to 16, or to half of a
+        group that is smaller; then the row.
         """
         width = shape[1]
         if width == 0 or width % self.group_size == 0:
             return self
         halves = [self.group_size >> i for i in range(self.group_size.bit_length()) if self.group_size >> i >= 32]
-        candidates = [*halves, *range(min(self.group_size, width), 15, -1), width]
+        least = min(16, (self.group_size + 1) // 2)
+        candidates = [*halves, *range(min(self.group_size, width), least - 1, -1), width]
         return replace(self, group_size=next(group for group in candidates if width % group == 0))
 
     def specs(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Spec]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,11 @@ def settings(values: tuple[str, ...]) -> dict[str, str]:
     for value in values:
         if "=" not in value:
             raise ValueError(f"--set {value}: write KEY=VALUE, for example --set group_size=64")
-    return dict(value.split("=", 1) for value in values)
+    pairs = [value.split("=", 1) for value in values]
+    twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+    if twice:
+        raise ValueError(f"--set {twice[0]}: given twice; leave one out")
+    return dict(pairs)
 
 
 def _split(tasks: str) -> tuple[str, ...]:
@@ -81,7 +86,7 @@ def calibration_of(source: str | None, samples: int | None, seq_len: int | None)
 
     if source is None and samples is None and seq_len is None:
         return None
-    return Calibration(source or Calibration.source, samples or Calibration.samples, seq_len)
+    return Calibration(Calibration.source if source is None else source, samples or Calibration.samples, seq_len)
 
 
 def scoring(command: Callable[..., Any]) -> Callable[..., Any]:

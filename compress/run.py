@@ -21,13 +21,13 @@ from torch import Tensor
 
 from compress import __version__, sizes, stack
 from compress.calibrate import Calibrated, Calibration, calibrate, where
+from compress.devices import check_device
 from compress.eval import text as texts
 from compress.eval.evaluate import check, evaluate
 from compress.eval.gates import Gates
 from compress.eval.report import Report
 from compress.eval.running import Dtype
 from compress.formats import manifest
-from compress.hf import check_device
 from compress.job import Job, check_apart, partial_of
 from compress.layout import SHARD_BYTES
 from compress.pipeline import Written, write

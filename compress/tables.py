@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from compress.bench import Bench
 from compress.eval import chart
 from compress.eval.report import SIGNIFICANT, Report, score_lines, task_score, worst_layers
-from compress.prepare import Forecast
 from compress.sizes import show
+
+if TYPE_CHECKING:  # what these import takes seconds
+    from compress.bench import Bench
+    from compress.prepare import Forecast
 
 
 def tensors(lines: list[dict[str, Any]], most: int = 0) -> Table:

@@ -114,4 +114,5 @@ def _loading(loader: str | None) -> str:
         "from transformers import AutoModelForCausalLM\n"
         "model = AutoModelForCausalLM.from_pretrained(DIR)\n"
     )
-    return f"## Loading\n\n```python\n{ours}{plain}```\n\nThe layout is that package's; vLLM reads it too.\n"
+    layout = "The layout is that package's, which vLLM reads too; this was not tried with vLLM."
+    return f"## Loading\n\n```python\n{ours}{plain}```\n\n{layout}\n"

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from compress import kv_cache as packed_cache
+from compress.devices import check_device
 from compress.eval import cache, fidelity, harness, predictions, running
 from compress.eval import layers as sensitivity
 from compress.eval import text as texts
@@ -24,7 +25,6 @@ from compress.eval.fidelity import Fidelity
 from compress.eval.harness import Asked, Metrics, Results
 from compress.eval.predictions import Progress
 from compress.eval.running import Dtype, Running
-from compress.hf import check_device
 from compress.structure import read_config
 
 if TYPE_CHECKING:

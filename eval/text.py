@@ -38,7 +38,7 @@ def read(sources: Sequence[str], split: Split = "evaluation") -> Text:
     Files are read whole whatever the split; of a dataset it is `test` for evaluation and `train` for calibration
     unless named.
     """
-    if not sources:
+    if not all(sources) or not sources:
         raise ValueError("text: no source; name a .txt or .jsonl file, a dataset id or builtin")
     text = "\n\n".join(_read_one(source, split) for source in sources)
     name = "+".join(Path(source).name if _is_file(source) else source for source in sources)

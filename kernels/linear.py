@@ -61,6 +61,10 @@ _RUNNING: WeakValueDictionary[int, cpu.Prepared] = WeakValueDictionary()  # by w
 STORED = Layout("stored", Stored, Stored.decode, lambda x, weight, bias: weight.linear(x, bias))
 
 
+_NOT_PREPARED = "a compressed layer is not prepared; run it once, then give it to torch.compile"
+_NOT_TRACED = "torch.export and torch.jit.trace take no packed weights; export what `compress export` decodes"
+
+
 class CompressedModule(nn.Module):
     """The packed tensors of one weight, as buffers, and the scheme that knows what they mean."""
 
@@ -86,16 +90,16 @@ class CompressedModule(nn.Module):
     def running(self) -> Any:
         """What the scheme runs on: made of the packed tensors once, as long as these stay the same ones.
 
-        Raises ValueError where torch.compile comes before the first time: preparing is nothing that it can trace.
+        Raises ValueError for torch.export and torch.jit.trace, which would need the packed tensors to be parameters.
         """
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+            raise ValueError(_NOT_TRACED)
         if self._prepared is None or any(map(is_not, self._buffers.values(), self._prepared[0])):
-            if torch.compiler.is_compiling():
-                raise ValueError("a compressed layer is not prepared; run it once, then give it to torch.compile")
             self._prepare(self.tensors())
             assert self._prepared is not None
         return self._prepared[2 if torch.compiler.is_compiling() else 1]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # also where torch.compile gave a frame back
+    @torch.compiler.disable(reason=_NOT_PREPARED)  # type: ignore[untyped-decorator]
     def _prepare(self, tensors: dict[str, Tensor]) -> None:
         found = self.scheme.prepare(tensors)
         self._prepared = (list(tensors.values()), found, self._traceable(found))
@@ -175,6 +179,8 @@ class CompressedLinear(CompressedModule):
         return self.decode()
 
     def forward(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            raise ValueError(f"x is {x.dtype}; compressed layers multiply floating-point numbers")
         return self.scheme.linear(x, self.running(), self.bias)
 
     def extra_repr(self) -> str:

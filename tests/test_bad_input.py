@@ -201,6 +201,8 @@ OPTIONS = {
     "value out of range": (("--set", "group_size=-8"), ("group_size",)),
     "bits": (("--set", "bits=99"), ("bits",)),
     "choice": (("--scheme", "fp8", "--set", "granularity=chanel"), ("granularity", "did you mean 'channel'?")),
+    "set twice": (("--set", "bits=3", "--set", "bits=8"), ("--set bits: given twice",)),
+    "calibration from nowhere": (("--set", "method=gptq", "--calibration", ""), ("calibration: no source; name",)),
     "set without =": (("--set", "bits"), ("--set bits: write KEY=VALUE",)),
     "set without key": (("--set", "=4"), ("int4 has no option ''",)),
     "include": (("--include", "dawn_proj"), ("--include dawn_proj", "matches no linear module", "'down_proj'")),

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 import compress
 import compress.hf as hf
+from compress.devices import check_device
 from compress.export import export
 from compress.formats.checkpoint import Checkpoint
 from compress.kernels.experts import CompressedExperts
@@ -96,7 +97,7 @@ def test_another_dtype_at_loading_runs_close_to_the_stored_one(out: Path) -> Non
     stored = logits(compress.load(out)).double()
     other = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     found = logits(other)
-    assert found.dtype == torch.float32
+    assert found.dtype == torch.float32 and torch.equal(found, logits(compress.load(out, dtype="float32")))
     if not any(isinstance(module, CompressedExperts) for module in other.modules()):  # routes may differ
         assert float((found.double() - stored).norm() / stored.norm()) < 0.03
 
@@ -181,10 +182,18 @@ def test_a_state_dict_cannot_be_loaded_as_compressed(tiny_compressed: Compressed
         LlamaForCausalLM.from_pretrained(None, config=config, state_dict={})
 
 
+def test_what_loading_does_not_take_is_named(tiny_compressed: Compressed) -> None:
+    out = tiny_compressed("llama", "int4")
+    with pytest.raises(ValueError, match="loading takes no device_map. It takes dtype, device"):
+        compress.load(out, device_map="auto")
+    with pytest.raises(ValueError, match="dtype: 'int8' is not one of auto, bfloat16"):
+        compress.load(out, dtype="int8")
+
+
 @pytest.mark.parametrize("device", ["meta", "cuda:99", "nowhere"])
 def test_a_device_that_computes_nothing_here_is_refused(device: str) -> None:
     with pytest.raises(ValueError, match=f"device {device} .*cpu always"):
-        hf.check_device(device)
+        check_device(device)
 
 
 @pytest.mark.parametrize("scheme", ["df11", "bitstack"])

@@ -84,10 +84,31 @@ def test_gradients_go_through_a_compiled_layer(name: str) -> None:
     assert x.grad is not None and y.grad is not None and torch.equal(x.grad, y.grad)
 
 
-def test_what_was_never_prepared_says_so() -> None:
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_what_was_never_prepared_is_when_compiled_code_comes_to_it(mode: Any) -> None:
+    x = torch.ones(1, 64).bfloat16()
+    for scheme in (make("fp8"), make("int4", {"method": "rtn"}), make("df11")):
+        layer = linear(scheme, 8, 64)
+        with mode():
+            assert torch.equal(torch.compile(layer, backend="aot_eager")(x), layer(x))
+        torch.compiler.reset()
+
+
+def test_a_single_graph_of_what_was_never_prepared_says_so() -> None:
     layer = linear(make("fp8"), 8, 64)
     with pytest.raises(Exception, match="is not prepared; run it once, then give it to torch.compile"):
         torch.compile(layer, fullgraph=True, backend="aot_eager")(torch.ones(1, 64).bfloat16())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_what_cannot_be_traced_or_multiplied_says_so() -> None:
+    layer, x = linear(make("int4", {"method": "rtn"}), 8, 64), torch.ones(1, 64).bfloat16()
+    layer(x)
+    for trace in (torch.export.export, torch.jit.trace):
+        with pytest.raises(ValueError, match="take no packed weights; export what `compress export` decodes"):
+            trace(layer, (x,))
+    with pytest.raises(ValueError, match=r"x is torch.int64; compressed layers multiply floating-point numbers"):
+        layer(x.long())
 
 
 def packed() -> dict[str, Packed]:
