@@ -1,13 +1,15 @@
 """What the Triton kernels are compiled as, for GPUs that are not there; and the table of what that takes.
 
 `python tests/compiled_kernels.py` writes benchmarks/results/kernels.json: registers, stack and shared memory by target,
-of all kernels. Tests compile fewer of them anew.
+of all kernels, and for Hopper what the loop of a product takes. Tests compile fewer of them anew.
+`python tests/compiled_kernels.py loops` prints these loops by the weight.
 """
 
 import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -306,8 +308,9 @@ def compiled(kernel: Kernel, target: str) -> Any:
     return triton.compile(source, target=gpu, options=options)
 
 
-def resources(kernel: Kernel, target: str) -> dict[str, int]:
-    """Registers of a thread, bytes of its stack (what does not fit in registers) and of a program's shared memory."""
+def resources(kernel: Kernel, target: str) -> dict[str, Any]:
+    """Registers of a thread, bytes of its stack (what does not fit in registers) and of a program's shared memory; of
+    products for Hopper also the `loop` (see `_loop`)."""
     import triton
 
     found = compiled(kernel, target)
@@ -317,10 +320,38 @@ def resources(kernel: Kernel, target: str) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(found.asm["cubin"])
         file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    numbers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert numbers, usage
-    return {"registers": int(numbers[1]), "stack": int(numbers[2]), "shared": found.metadata.shared}
+        command = [tool, "-res-usage", "-sass", file.name]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    numbers = re.search(r"REG:(\d+) STACK:(\d+)", shown)
+    assert numbers, shown
+    used = {"registers": int(numbers[1]), "stack": int(numbers[2]), "shared": found.metadata.shared}
+    return {**used, "loop": _loop(shown)} if target == "90" and weights(kernel) else used
+
+
+def weights(kernel: Kernel) -> int:
+    """Of a product, those that a thread has in a step of its loop; 0 of other kernels."""
+    if kernel.function not in ("product", "matmul", "gemv"):
+        return 0
+    how = kernel.constants
+    if kernel.function == "gemv":
+        return 16 * how["ROWS"]
+    columns = how.get("BLOCK_K") or how.get("BLOCK") or (256 if how["ALIGNED"] else 32)
+    return how["BLOCK_N"] * columns // (32 * kernel.warps)
+
+
+_COUNTED = {"loads": ("LDG", "LDGSTS"), "shared": ("LDS", "LDSM"), "shuffles": ("SHFL",)}
+
+
+def _loop(sass: str) -> dict[str, int]:
+    """Instructions of a warp in the longest loop, loops within it run through once; and how many of them are loads from
+    memory or the L1 cache, from shared memory, and shuffles. A loop ends with a branch backwards."""
+    found = re.findall(r"/\*([0-9a-f]{4,5})\*/ +(?:@!?U?P\w+ +)?([A-Z0-9]\w*)([^;]*);", sass)
+    names = {int(at, 16): name for at, name, _ in found}
+    jumps = ((int(at, 16), re.search(r"0x([0-9a-f]+)", rest)) for at, name, rest in found if name == "BRA")
+    loops = [(int(to[1], 16), at) for at, to in jumps if to and int(to[1], 16) < at]
+    first, last = max(loops, key=lambda loop: loop[1] - loop[0])
+    loop = [name for at, name in names.items() if first <= at <= last]
+    return {"instructions": len(loop), **{key: sum(map(loop.count, which)) for key, which in _COUNTED.items()}}
 
 
 def _of_amd(assembly: str) -> dict[str, int]:
@@ -337,6 +368,15 @@ def write_table() -> None:
     TABLE.write_text(json.dumps({"triton": triton.__version__, "kernels": kernels}, indent=1) + "\n")
 
 
+def print_loops() -> None:
+    """Of the table: registers, and what the loops take, by the weight that a thread has in a step."""
+    print(f"{'':46}registers instructions loads shared shuffles")
+    for name, by_target in json.loads(TABLE.read_text())["kernels"].items():
+        if loop := by_target.get("90", {}).get("loop"):
+            each = (f"{loop[key] / weights(KERNELS[name]):12.2f}" for key in ("instructions", *_COUNTED))
+            print(f"{name:46}{by_target['90']['registers']:9}", *each)
+
+
 if __name__ == "__main__":
     os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
-    write_table()
+    print_loops() if sys.argv[1:] == ["loops"] else write_table()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiled_kernels import CHOSEN, KERNELS, LOOKUP, SHARED_LIMIT, TABLE, on_amd, resources, targets
+from compiled_kernels import CHOSEN, KERNELS, LOOKUP, SHARED_LIMIT, TABLE, _loop, on_amd, resources, targets
 
 pytest.importorskip("triton")
 
@@ -34,6 +34,16 @@ def test_a_kernel_compiles_to_what_the_table_says(name: str, target: str, monkey
     # Registers are handed out in eights, so a few more cost nothing that matters; many more halve a kernel's warps.
     assert found["registers"] <= wanted["registers"] + 8
     assert found["shared"] == wanted["shared"]
+    for key, count in wanted.get("loop", {}).items():
+        assert found["loop"][key] <= count + 8
+
+
+def test_the_longest_loop_is_counted_without_what_surrounds_it() -> None:
+    """An inner loop counts once; a branch forwards and the one to itself that ends every kernel are none."""
+    lines = ["LDG R0, [R2.64]", "@!P0 BRA 0x0060", "LDS.64 R4, [R6]", "@P1 LDGSTS.E [R1], [R2.64]", "SHFL.BFLY R1, R1"]
+    lines += ["@P2 BRA 0x0030", "@P1 BRA `(.L_x_1), 0x0020", "EXIT", "BRA 0x0080"]
+    sass = "\n".join(f"        /*{16 * i:04x}*/                   {line} ;" for i, line in enumerate(lines))
+    assert _loop(sass) == {"instructions": 5, "loads": 1, "shared": 1, "shuffles": 1}
 
 
 def check_fits(found: dict[str, int], target: str) -> None:
