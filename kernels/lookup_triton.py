@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from compress.kernels import lookup_kernels as kernels
-from compress.kernels import sums
+from compress.kernels import permuted_kernels, prepared, sums
 from compress.kernels.lookup import Lookup
 
 FUSED_TOKENS = 64  # of more, the product of a decoded weight is faster than looking up again for every 64
@@ -38,6 +38,8 @@ def linear(x: Tensor, weight: Lookup, bias: Tensor | None = None) -> Tensor:
         raise ValueError(f"x: has {x.shape[-1]} features, and the weight's in_features is {k}")
     flat = x.reshape(-1, k).contiguous()
     tokens = len(flat)
+    if _permutes(x.dtype, weight):
+        return sums.finish(_permuted(flat, weight), bias, x.dtype).view(*x.shape[:-1], n)
     block_m = 1 if tokens == 1 else 16 if tokens <= 16 else 64
     block_n, block_k = _tile(weight, *((8, 128) if block_m == 1 else (64, 64)))
     across, down = triton.cdiv(n, block_n), triton.cdiv(tokens, block_m)
@@ -61,6 +63,47 @@ def linear(x: Tensor, weight: Lookup, bias: Tensor | None = None) -> Tensor:
             BLOCK_K=block_k,
         )
     return sums.finish(partial, bias, x.dtype).view(*x.shape[:-1], n)
+
+
+def _permutes(dtype: torch.dtype, weight: Lookup) -> bool:
+    """Whether the levels that a thread needs fit in its registers and are of the dtype that matrices are made of."""
+    alone = weight.scales is None and weight.indices.dim() == 2 and not prepared.ROCM
+    return alone and 2 <= weight.bits <= 4 and dtype.itemsize == 2 and dtype == weight.tables.dtype
+
+
+def _permuted(x: Tensor, weight: Lookup) -> Tensor:
+    """x: (M, K). Returns (split, M, N) float32, to be added up."""
+    (n, k), tokens = weight.shape, len(x)
+    tile = _permuted_tile(tokens)
+    across, down = triton.cdiv(n, tile["BLOCK_N"]), triton.cdiv(tokens, tile["BLOCK_M"])
+    split = max(1, min(PROGRAMS // max(1, across * down), triton.cdiv(k, 2 * tile["BLOCK_K"])))
+    partial = torch.empty(split, tokens, n, device=x.device)
+    if partial.numel():
+        with torch.cuda.device_of(x):
+            permuted_kernels.product[(across, down, split)](
+                weight.indices,
+                weight.tables.view(torch.uint32),
+                x,
+                partial,
+                tokens,
+                n,
+                k,
+                weight.indices.shape[1],
+                weight.rows,
+                BITS=weight.bits,
+                NATIVE=x.is_cuda,
+                SPLIT=split,
+                **tile,
+                num_warps=tile["BLOCK_N"] // 16,
+                num_stages=3,
+            )
+    return partial
+
+
+def _permuted_tile(tokens: int) -> dict[str, int]:
+    """Of a program, with a warp for every 16 rows: more, and a thread would hold too many tables."""
+    block_m = min(64, max(8, triton.next_power_of_2(tokens)))
+    return {"BLOCK_M": block_m, "BLOCK_N": 128 if block_m == 64 else 64, "BLOCK_K": 128}
 
 
 def _tile(weight: Lookup, rows: int, columns: int) -> tuple[int, int]:

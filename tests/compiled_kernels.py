@@ -29,7 +29,7 @@ CHOSEN = ("gemv, K split", "lookup, 4 bits, 1 token", "bfp, 4 bits", "bitstack, 
 class Kernel:
     """A kernel as its file launches it.
 
-    GEMV kernels are compiled for every capability, the others for Hopper, and all for the MI300.
+    GEMV kernels are compiled for every capability, the others for Hopper, and nearly all for the MI300.
 
     types: of arguments by name; "i32*" for numbers that are multiples of 16. constants: of the others, dtypes by name.
     """
@@ -166,6 +166,22 @@ LOOKUP = {
 }
 
 
+def _permuted(bits: int, tile: tuple[int, int, int]) -> Kernel:
+    """tile: tokens, rows and columns of a program."""
+    types = {"indices": "*u32", "tables": "*u32", "x": "*bf16", "partial": "*fp32", "M": "i32", **_SIZES}
+    types |= {"words": "i32*", "ROWS": "i32", **_SPLIT}
+    how = {"BITS": bits, "NATIVE": True, **dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), tile, strict=True))}
+    which = CAPABILITIES if tile[0] == 8 else (90,)
+    return Kernel("permuted_kernels", "product", types, how, tile[1] // 16, 3, which)
+
+
+PERMUTED = {
+    **{f"permuted, {bits} bits, 1 token": _permuted(bits, (8, 64, 128)) for bits in (2, 3, 4)},
+    **{f"permuted, {bits} bits, 16 tokens": _permuted(bits, (16, 64, 128)) for bits in (2, 3, 4)},
+    **{f"permuted, {bits} bits, 64 tokens": _permuted(bits, (64, 128, 128)) for bits in (3, 4)},
+}
+
+
 def _bfp(bits: int, size: int, tokens: int = 16, dtype: str = "bf16", number: str = "i32*") -> Kernel:
     types = {"mantissas": "*u8", "exponents": "*u8", "x": f"*{dtype}", "partial": "*fp32", **_SPLIT}
     types |= dict.fromkeys(("M", "N", "K", "row_bytes", "blocks"), number)
@@ -264,11 +280,13 @@ GROUPS = {
     ),
 }
 
-KERNELS: dict[str, Kernel] = {**DF11, **LOOKUP, **BFP, **BITSTACK, **GROUPS}
+KERNELS: dict[str, Kernel] = {**DF11, **LOOKUP, **PERMUTED, **BFP, **BITSTACK, **GROUPS}
 
 
 def targets(name: str) -> list[str]:
     """Compute capabilities of NVIDIA's GPUs, and names of AMD's."""
+    if name in PERMUTED:  # by an instruction of NVIDIA's
+        return [*map(str, KERNELS[name].capabilities)]
     return [*map(str, KERNELS[name].capabilities), "gfx942", *(["gfx1100"] if name in CHOSEN else [])]
 
 

@@ -3,10 +3,12 @@
 import interpreted
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from compress.formats.bitpack import pack, packed_width
-from compress.kernels import lookup, lookup_triton
+from compress.kernels import lookup, lookup_triton, permuted_kernels, prepared
 
 pytestmark = pytest.mark.filterwarnings(*interpreted.WARNINGS)
 
@@ -96,3 +98,60 @@ def test_blocks_have_their_scales_and_tables(bits: int, block: int, tables: int)
         for tokens in (1, 4, 17):
             x = torch.randn(tokens, shape[1], generator=generator)
             check(lookup_triton.linear(x, weight), x, want, torch.zeros(shape[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_levels_of_16_bits_are_permuted_into_place(bits: int, dtype: torch.dtype) -> None:
+    for shape, tokens in (((3, 31), 1), ((17, 64), 64), ((33, 257), 17)):
+        weight, want = permuted(shape, bits, 4, dtype)
+        x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(2)).to(dtype)
+        partial = lookup_triton._permuted(x, weight)
+        check(partial.sum(0), x, want, torch.zeros(shape[0]))
+        bias = torch.randn(shape[0]).to(dtype)
+        assert torch.equal(lookup_triton.linear(x, weight, bias), (partial.sum(0) + bias).to(dtype))
+
+
+def permuted(shape: tuple[int, int], bits: int, rows: int, dtype: torch.dtype) -> tuple[lookup.Lookup, Tensor]:
+    codes = codes_of(shape, bits)
+    tables = torch.randn(-(-shape[0] // rows), 1 << bits, generator=torch.Generator().manual_seed(1)).to(dtype)
+    weight = lookup.pack(pack(codes, bits), tables, shape, rows, shape[1], dtype).weight
+    return weight, lookup.decode(pack(codes, bits), tables[:, None], shape, rows, shape[1])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_every_permuted_column_comes_out_alone(bits: int) -> None:
+    weight, want = permuted((9, 43), bits, 1, torch.bfloat16)
+    assert lookup_triton._permutes(torch.bfloat16, weight)
+    assert torch.equal(lookup_triton.linear(torch.eye(43).bfloat16(), weight), want.T)
+
+
+def test_what_cannot_be_permuted_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, _ = permuted((9, 43), 4, 1, torch.bfloat16)
+    assert not lookup_triton._permutes(torch.float16, weight)
+    assert not lookup_triton._permutes(torch.bfloat16, permuted((9, 43), 5, 1, torch.bfloat16)[0])
+    assert not lookup_triton._permutes(torch.float32, weight_of((9, 43), 4, 1, planes=False)[0])
+    assert not lookup_triton._permutes(torch.bfloat16, weight_of((9, 43), 4, 1, planes=True)[0])
+    monkeypatch.setattr(prepared, "ROCM", True)
+    assert not lookup_triton._permutes(torch.bfloat16, weight)
+
+
+@triton.jit
+def _permute_words(a, b, selector, out):
+    i = tl.arange(0, 1024)
+    found = permuted_kernels.permute(tl.load(a + i), tl.load(b + i), tl.load(selector + i), False)
+    tl.store(out + i, found)
+
+
+def test_without_the_instruction_bytes_are_picked_as_ptx_says_of_prmt() -> None:
+    """Bytes 0 to 3 are those of the first operand, 4 to 7 of the second; a selector's upper half does not matter."""
+    generator = torch.Generator().manual_seed(1)
+    a, b, selector = torch.randint(0, 2**32, (3, 1024), generator=generator)
+    selector &= 0xFFFF7777
+    out = torch.empty(1024, dtype=torch.int32)
+    words = [part.to(torch.uint32) for part in (a, b, selector)]
+    _permute_words[(1,)](*words, out.view(torch.uint32))
+    for first, second, which, found in zip(a.tolist(), b.tolist(), selector.tolist(), out.tolist(), strict=True):
+        octets = first.to_bytes(4, "little") + second.to_bytes(4, "little")
+        wanted = bytes(octets[which >> 4 * i & 7] for i in range(4))
+        assert found & 0xFFFFFFFF == int.from_bytes(wanted, "little")

@@ -6,7 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from compiled_kernels import CHOSEN, KERNELS, LOOKUP, SHARED_LIMIT, TABLE, _loop, on_amd, resources, targets
+from compiled_kernels import (
+    CHOSEN,
+    KERNELS,
+    LOOKUP,
+    PERMUTED,
+    SHARED_LIMIT,
+    TABLE,
+    _loop,
+    on_amd,
+    resources,
+    targets,
+    weights,
+)
 
 pytest.importorskip("triton")
 
@@ -87,3 +99,18 @@ def test_codebooks_are_launched_with_the_tiles_that_are_compiled(name: str) -> N
     weight = lookup.pack(indices, torch.zeros(8, 1 << bits), (8, 256), 1, columns, torch.bfloat16, scales).weight
     tile = lookup_triton._tile(weight, *((8, 128) if how["BLOCK_M"] == 1 else (64, 64)))
     assert tile == (how["BLOCK_N"], how["BLOCK_K"])
+
+
+@pytest.mark.parametrize("name", PERMUTED)
+def test_permuted_codebooks_are_launched_with_the_tiles_that_are_compiled(name: str) -> None:
+    from compress.kernels import lookup_triton
+
+    tile = lookup_triton._permuted_tile(int(name.split()[-2]))
+    assert tile.items() <= PERMUTED[name].constants.items()
+
+
+@pytest.mark.parametrize("name", [name for name in PERMUTED if name.endswith(("1 token", "16 tokens"))])
+def test_permuted_codebooks_are_looked_up_in_registers(name: str) -> None:
+    """A program loads its codes and x, and no level."""
+    loop = table()["kernels"][name]["90"]["loop"]
+    assert max(loop["loads"], loop["shared"]) + loop["shuffles"] < weights(KERNELS[name]) / 4
