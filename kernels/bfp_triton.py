@@ -1,4 +1,8 @@
-"""Block floating point on a GPU, in Triton: y = x @ W.T on mantissas, without W in memory."""
+"""Block floating point on a GPU, in Triton: y = x @ W.T on mantissas, without W in memory.
+
+In bfloat16, whose exponents are those of the blocks, whole words of mantissas are integers with scales
+(groups_kernels.py); else blocks are multiplied on their own, and then their sums.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,8 @@ from torch import Tensor
 
 from compress.formats.bfp import Format
 from compress.kernels import bfp_kernels as kernels
-from compress.kernels import sums
+from compress.kernels import groups_triton, sums
+from compress.kernels.groups import Groups
 from compress.kernels.prepared import stages
 
 PROGRAMS = 512  # a grid of so many gives each of about 130 multiprocessors several
@@ -33,6 +38,8 @@ def linear(x: Tensor, mantissas: Tensor, exponents: Tensor, form: Format, bias: 
     for name, tensor in (("x", x), ("bias", bias)):
         if tensor is not None and tensor.device != mantissas.device:
             raise ValueError(f"{name}: is on {tensor.device}; move it to {mantissas.device}, where the weight is")
+    if x.dtype == torch.bfloat16 and (found := _groups(mantissas, exponents, form, columns)) is not None:
+        return groups_triton.linear(x, found, bias)
     flat = x.reshape(-1, columns).contiguous()
     tokens, blocks = len(flat), form.blocks(columns)
     narrow = x.dtype != torch.float32  # a float32 dot is one of plain multiplications, which needs registers
@@ -62,6 +69,18 @@ def linear(x: Tensor, mantissas: Tensor, exponents: Tensor, form: Format, bias: 
                 num_stages=stages(3 if block_m == 16 else 2),
             )
     return sums.finish(partial, bias, x.dtype).view(*x.shape[:-1], rows)
+
+
+def _groups(mantissas: Tensor, exponents: Tensor, form: Format, columns: int) -> Groups | None:
+    """The weight as integers with scales, in the same memory; None where its rows are no whole words and blocks."""
+    if mantissas.shape[1] % 4 or columns % form.block_size or not mantissas.numel():
+        return None
+    codes = mantissas.contiguous().view(torch.uint32)
+    shape = len(mantissas), columns
+    found = Groups(
+        codes, exponents.contiguous(), None, shape, form.dtype, form.bits, "int", "shared", 1, form.block_size, 1.0
+    )
+    return found if found.fits else None
 
 
 def decode(mantissas: Tensor, exponents: Tensor, form: Format, columns: int) -> Tensor:

@@ -21,8 +21,8 @@ class Groups:
 
     codes: (N, words) uint32, each row a stream of `bits` bits a code, low bits first. form: of the codes: int (less
     zeros, or less the middle one), signed (8 bits, two's complement), e2m1, e4m3. scales: (n, blocks), each for `rows`
-    rows and `columns` columns; of bytes the floats that `scale_form` says, e8m0 or e4m3, else `float`. zeros: (N,
-    blocks) uint8. Scales are divided by divisor.
+    rows and `columns` columns; of bytes the floats that `scale_form` says, e8m0 or e4m3, else `float`; to multiply only
+    also the `shared` exponents of formats/bfp.py. zeros: (N, blocks) uint8. Scales are divided by divisor.
     """
 
     codes: Tensor

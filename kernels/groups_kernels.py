@@ -19,9 +19,11 @@ from compress.kernels.codes_kernels import code_of, joined, words_of
 
 
 @triton.jit
-def _scales(found, FORM: tl.constexpr):
-    """As float32; bytes are E8M0 or E4M3 floats."""
-    if FORM == "e8m0":
+def _scales(found, FORM: tl.constexpr, BITS: tl.constexpr):
+    """As float32; bytes are E8M0 or E4M3 floats, or exponents of mantissas of so many bits (formats/bfp.py)."""
+    if FORM == "shared":
+        scales = ((found.to(tl.int32) - (BITS - 2)) << 23).to(tl.float32, bitcast=True)
+    elif FORM == "e8m0":
         scales = tl.maximum(found.to(tl.uint32) << 23, 1 << 22).to(tl.float32, bitcast=True)
     elif FORM == "e4m3":
         byte = found.to(tl.uint32)
@@ -131,7 +133,8 @@ def product(
         xs = tl.reshape(tl.permute(tl.reshape(xs, (BLOCK_M, UNITS, 2, HALF)), (0, 3, 1, 2)), (BLOCK_M, BLOCK_K))
         if WHERE == "codes":
             group = (u * PER // GROUP)[None, :]
-            scale = _scales(tl.load(scales + scaled + group, mask=group < blocks, other=0), SCALES)
+            found = tl.load(scales + scaled + group, mask=group < blocks, other=64)  # finite, whatever form it has
+            scale = _scales(found, SCALES, BITS)
         else:
             group = tl.full((1, 1), 0 if WHERE == "rows" else tile * BLOCK_K // GROUP, tl.int32)
             scale = None
@@ -145,14 +148,14 @@ def product(
         values = _values(pairs, zero, scale, FORM, BITS, DOT)
         values = tl.reshape(tl.permute(values, (0, 2, 1, 3)), (BLOCK_N, BLOCK_K))
         if WHERE == "sums":
-            scale, following = _scales(coming, SCALES), tl.minimum(tile + 1, tiles - 1) * BLOCK_K // GROUP
+            scale, following = _scales(coming, SCALES, BITS), tl.minimum(tile + 1, tiles - 1) * BLOCK_K // GROUP
             coming = tl.load(scales + scaled + following)
             zeroes = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             total += tl.dot(values, tl.trans(xs), zeroes, input_precision="ieee") * scale
         else:
             total = tl.dot(values, tl.trans(xs), total, input_precision="ieee")
     if WHERE == "rows":
-        total *= _scales(tl.load(scales + scaled), SCALES)
+        total *= _scales(tl.load(scales + scaled), SCALES, BITS)
     total *= factor
     at = (part * M + m).to(tl.int64)[None, :] * N + n[:, None]
     if bias is not None:
@@ -177,7 +180,7 @@ def decode(
         code |= tl.where(shift + BITS > 32, high << ((32 - shift) & 31), 0)
     code &= (1 << BITS) - 1
     group = k // GROUP
-    scale = _scales(tl.load(scales + row // ROWS * blocks + group, mask=group < blocks, other=0), SCALES)
+    scale = _scales(tl.load(scales + row // ROWS * blocks + group, mask=group < blocks, other=0), SCALES, BITS)
     if FORM == "e2m1":
         value = (((code & 8) << 28) | ((code & 7) << 22)).to(tl.float32, bitcast=True) * 2.0**126
     elif FORM == "e4m3":

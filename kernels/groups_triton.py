@@ -100,7 +100,8 @@ def _tiles(weight: Groups, tokens: int, narrow: bool) -> tuple[str, dict[str, in
     elif whole:
         where, block_k = "sums", whole
     else:
-        where, block_k = "codes", 64 if narrow else 32
+        few = tokens <= 16 and weight.bits <= 4  # of more, more registers would be needed
+        where, block_k = "codes", wide if few or not narrow else 64
     # AMD's matrix instructions take 16 tokens: 8 would be multiplied by more and smaller ones, or by none.
     block_m = min(128 if narrow else 16, max(16 if prepared.ROCM else 8, triton.next_power_of_2(tokens)))
     tall = narrow and block_m <= 16 and not prepared.ROCM

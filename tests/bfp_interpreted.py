@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from compress.bfp import Bfp
+from compress.formats import bitpack
+from compress.formats.bfp import unpack
 from compress.kernels import bfp_triton
 
 pytestmark = pytest.mark.filterwarnings(*interpreted.WARNINGS)
@@ -57,6 +59,26 @@ def test_blocks_of_every_size(size: int) -> None:
 @pytest.mark.parametrize("bits", [2, 4, 6, 8])
 def test_mantissas_are_exact_in_narrow_dtypes(bits: int, dtype: torch.dtype) -> None:
     check(Bfp(bits), (40, 96), 5, dtype, bias=True)
+
+
+@pytest.mark.parametrize(("bits", "size"), [(3, 32), (4, 16), (4, 128), (5, 64), (8, 32)])
+def test_whole_words_are_integers_with_scales_in_bfloat16(bits: int, size: int) -> None:
+    for shape, tokens in (((70, 768), 1), ((3, 128), 17), ((1, 256), 130), ((2, 160), 3)):
+        check(Bfp(bits, size), shape, tokens, torch.bfloat16, bias=True)
+
+
+def test_every_exponent_is_a_scale_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a program reads behind the last column is no infinity either."""
+    monkeypatch.delattr(bfp_triton.kernels, "matmul")
+    for bits in (2, 4, 8):
+        scheme = Bfp(bits, 16)
+        form = scheme._format(torch.bfloat16)
+        exponents = torch.tensor([[form.lowest, form.lowest + 1, 127, 128, 253, 254]], dtype=torch.uint8)
+        codes = torch.arange(96).remainder(1 << bits)[None].clamp(min=1).to(torch.uint8)
+        mantissas = bitpack.pack(codes, bits).view(torch.uint8)
+        x = torch.eye(96).bfloat16()
+        y = bfp_triton.linear(x, mantissas, exponents, form)
+        assert torch.equal(y.T, unpack(mantissas, exponents, form, 96))
 
 
 def test_a_long_row_is_split(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ AMD = {"gfx942": 64, "gfx1100": 32}  # MI300 and RDNA 3: the lanes of a warp
 # What the GPU reads (A100: 163 KiB; H100, H200 and B200: 227 KiB; AMD's: 64 KiB) of shared memory for one program.
 SHARED_LIMIT = {"80": 163 << 10, "90": 227 << 10, "100": 227 << 10, **dict.fromkeys(AMD, 64 << 10)}
 # One for few tokens of each file: compiled for RDNA 3 too, and where tests do not compile all, compiled by them.
-CHOSEN = ("gemv, K split", "lookup, 4 bits, 1 token", "bfp, 4 bits", "bitstack, 16 tokens", "int4, 1 token")
+CHOSEN = ("gemv, K split", "lookup, 4 bits, 1 token", "bfp, 4 bits, 1 token", "bitstack, 16 tokens", "int4, 1 token")
 
 
 @dataclass(frozen=True)
@@ -186,8 +186,7 @@ def _bfp(bits: int, size: int, tokens: int = 16, dtype: str = "bf16", number: st
     types = {"mantissas": "*u8", "exponents": "*u8", "x": f"*{dtype}", "partial": "*fp32", **_SPLIT}
     types |= dict.fromkeys(("M", "N", "K", "row_bytes", "blocks"), number)
     how = {"BITS": bits, "BLOCK": size, "DOT": dtype, "BLOCK_M": tokens, "BLOCK_N": 64}
-    which = CAPABILITIES if bits == 4 and tokens == 16 else (90,)
-    return Kernel("bfp_kernels", "matmul", types, how, *((4, 3) if tokens <= 16 else (8, 2)), which)
+    return Kernel("bfp_kernels", "matmul", types, how, *((4, 3) if tokens <= 16 else (8, 2)))
 
 
 _BFP_DECODE = {"mantissas": "*u8", "exponents": "*u8", "out": "*bf16", **_SIZES, "row_bytes": "i32", "blocks": "i32"}
@@ -195,12 +194,12 @@ BFP = {
     "bfp decode, 4 bits": Kernel(
         "bfp_kernels", "decode", _BFP_DECODE, {"BITS": 4, "BLOCK": 32, "BLOCK_N": 8, "BLOCK_K": 512}
     ),
-    "bfp, 2 bits": _bfp(2, 32),
-    "bfp, 4 bits": _bfp(4, 32),
+    "bfp, 2 bits, float16": _bfp(2, 32, dtype="fp16"),
+    "bfp, 4 bits, float16": _bfp(4, 32, dtype="fp16"),
     "bfp, 4 bits, any K": _bfp(4, 32, number="i32"),
-    "bfp, 4 bits in blocks of 16, 128 tokens": _bfp(4, 16, 128),
-    "bfp, 5 bits, 128 tokens": _bfp(5, 32, 128),
-    "bfp, 8 bits in blocks of 128, 128 tokens": _bfp(8, 128, 128),
+    "bfp, 4 bits in blocks of 16, 128 tokens, float16": _bfp(4, 16, 128, "fp16"),
+    "bfp, 5 bits, 128 tokens, float16": _bfp(5, 32, 128, "fp16"),
+    "bfp, 8 bits in blocks of 128, 128 tokens, float16": _bfp(8, 128, 128, "fp16"),
     "bfp, 6 bits, float32": _bfp(6, 32, dtype="fp32"),
 }
 
@@ -263,14 +262,21 @@ GROUPS = {
     "int4, 128 tokens": _groups("int", 4, 128, "sums", (128, 64, 128)),
     "int4, float32": _groups("int", 4, 128, "sums", (16, 64, 32), dtype="fp32"),
     "int4 with zeros, 1 token": _groups("int", 4, 128, "sums", (8, 128, 128), zeros=True),
-    "int4 in groups of 32, 1 token": _groups("int", 4, 32, "codes", (8, 128, 64)),
+    "int4 in groups of 32, 1 token": _groups("int", 4, 32, "codes", (8, 128, 128)),
     "int2, 1 token": _groups("int", 2, 128, "sums", (8, 128, 128)),
     "int3, 1 token": _groups("int", 3, 128, "sums", (8, 128, 128)),
     "int8, 1 token": _groups("int", 8, 128, "sums", (8, 128, 128), capabilities=CAPABILITIES),
     "fp8, 1 token": _groups("e4m3", 8, 4096, "rows", (8, 128, 128), capabilities=CAPABILITIES),
-    "mxfp4, 1 token": _groups("e2m1", 4, 32, "codes", (8, 128, 64), "e8m0", capabilities=CAPABILITIES),
+    "mxfp4, 1 token": _groups("e2m1", 4, 32, "codes", (8, 128, 128), "e8m0", capabilities=CAPABILITIES),
     "mxfp8, 1 token": _groups("e4m3", 8, 32, "codes", (8, 128, 64), "e8m0"),
-    "nvfp4, 1 token": _groups("e2m1", 4, 16, "codes", (8, 128, 64), "e4m3", capabilities=CAPABILITIES),
+    "nvfp4, 1 token": _groups("e2m1", 4, 16, "codes", (8, 128, 128), "e4m3", capabilities=CAPABILITIES),
+    "bfp, 2 bits, 1 token": _groups("int", 2, 32, "codes", (8, 128, 128), "shared"),
+    "bfp, 3 bits, 1 token": _groups("int", 3, 32, "codes", (8, 128, 128), "shared"),
+    "bfp, 4 bits, 1 token": _groups("int", 4, 32, "codes", (8, 128, 128), "shared", capabilities=CAPABILITIES),
+    "bfp, 8 bits, 1 token": _groups("int", 8, 32, "codes", (8, 128, 64), "shared"),
+    "bfp, 4 bits, 16 tokens": _groups("int", 4, 32, "codes", (16, 128, 128), "shared"),
+    "bfp, 4 bits in blocks of 128, 1 token": _groups("int", 4, 128, "sums", (8, 128, 128), "shared"),
+    "bfp, 4 bits, 128 tokens": _groups("int", 4, 32, "codes", (128, 64, 64), "shared"),
     "nvfp4, 128 tokens": _groups("e2m1", 4, 16, "codes", (128, 64, 64), "e4m3"),
     "sums": Kernel(
         "sums",
