@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compress.kernels import bitstack_kernels, sums
+from compress.kernels import bitstack_kernels, prepared, signs_kernels, sums
 from compress.kernels.bitstack import FLOOR, Planes
 from compress.kernels.prepared import stages
 
@@ -20,6 +20,7 @@ FUSED_TOKENS = 128  # for more, W is better decoded once
 BLOCK_N = 32
 BLOCK_K = {True: 128, False: 64}  # bfloat16 or not: a float32 dot is one of plain multiplications, and needs registers
 RANKS = 16  # of the factors that are multiplied at once
+FLIPPED_PLANES = 3  # signs are flipped for twice as many matrices with every plane more
 DECODED = {"BLOCK_N": 8, "BLOCK_K": 1024}  # a thread has eight columns of all rows, and reads v once for them
 
 
@@ -56,6 +57,8 @@ def linear(x: Tensor, stack: Planes, bias: Tensor | None = None) -> Tensor:
         raise ValueError(f"x: is on {x.device}; move it to {stack.u.device}, where the weight is")
     flat = x.reshape(-1, k).contiguous()
     m, narrow = flat.shape[0], x.dtype == torch.bfloat16
+    if narrow and _flips(stack):
+        return sums.finish(_flipped(flat, stack), bias, x.dtype).view(*x.shape[:-1], n)
     block_m = min(64 if narrow else 16, max(16, triton.next_power_of_2(m)))
     across, down = triton.cdiv(n, BLOCK_N), triton.cdiv(m, block_m)
     split = max(1, min(PROGRAMS // max(1, across * down), triton.cdiv(k, 2 * BLOCK_K[narrow])))
@@ -82,6 +85,46 @@ def linear(x: Tensor, stack: Planes, bias: Tensor | None = None) -> Tensor:
                 num_stages=stages(2),
             )
     return sums.finish(partial, bias, x.dtype).view(*x.shape[:-1], n)
+
+
+def _flips(stack: Planes) -> bool:
+    """Whether the planes are few, and whole words that can be read as such."""
+    aligned = stack.shape[1] % 32 == 0 and all(plane.data_ptr() % 4 == 0 for plane in stack.planes)
+    return aligned and len(stack.planes) <= FLIPPED_PLANES and not prepared.ROCM
+
+
+def _flipped(x: Tensor, stack: Planes) -> Tensor:
+    """x: (M, K) bfloat16. Returns (split, M, N) float32, to be added up."""
+    (n, k), m = stack.shape, len(x)
+    tile = _flipped_tile(m)
+    across, down = triton.cdiv(n, tile["BLOCK_N"]), triton.cdiv(m, tile["BLOCK_M"])
+    split = max(1, min(PROGRAMS // max(1, across * down), triton.cdiv(k, 2 * tile["BLOCK_K"])))
+    partial = torch.empty(split, m, n, device=x.device)
+    if partial.numel():
+        with torch.cuda.device_of(x):
+            signs_kernels.product[(across, down, split)](
+                *_parts(stack),
+                x,
+                partial,
+                m,
+                n,
+                k,
+                stack.u.shape[1],
+                COUNT=len(stack.planes),
+                RANKS=triton.cdiv(stack.u.shape[1], RANKS),
+                FLOOR=FLOOR,
+                NATIVE=x.is_cuda,
+                SPLIT=split,
+                **tile,
+                num_warps=4,
+                num_stages=4,  # the planes of a tile are 2 KiB: many must be on their way
+            )
+    return partial
+
+
+def _flipped_tile(tokens: int) -> dict[str, int]:
+    """Of a program: a thread that multiplies matrices has whole words of signs if a row has four."""
+    return {"BLOCK_M": min(32, max(8, triton.next_power_of_2(tokens))), "BLOCK_N": 64, "BLOCK_K": 128}
 
 
 def _parts(stack: Planes) -> tuple[Tensor | None, ...]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from compress.bitstack import Bitstack
+from compress.formats.bitpack import pack
 from compress.kernels import bitstack as kernels
 from compress.kernels import bitstack_triton, prepared
 
@@ -86,6 +87,34 @@ def test_any_number_of_blocks(blocks: int) -> None:
 @pytest.mark.parametrize("rank", ["1", "16", "17", "40"])
 def test_any_rank(rank: str) -> None:
     check((48, 130), 2, torch.float32, 3, rank)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_few_blocks_are_multiplied_by_flipping_signs(blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(bitstack_triton.bitstack_kernels, "matmul")
+    for shape, tokens, rank in (((70, 672), 1, "16"), ((3, 96), 17, "1"), ((65, 128), 40, "17"), ((1, 32), 2, "33")):
+        check(shape, tokens, torch.bfloat16, blocks, rank)
+
+
+def test_every_level_has_its_place_and_every_sign() -> None:
+    """Codes 0 to 3 with either sign, on scales that are powers of two: nothing is rounded."""
+    bits = torch.arange(64) % 8
+    planes = tuple(pack(((bits >> p) & 1)[None].to(torch.uint8), 1).view(torch.uint8) for p in (2, 1, 0))
+    u, v, levels = torch.ones(1, 1).bfloat16(), torch.ones(1, 64).bfloat16(), torch.tensor([0.25, 1, -2, 3])
+    v[0, 32:] = 2
+    stack = kernels.Planes(planes, u, v, levels, torch.float32)
+    wanted = [float(level) * sign for sign in (1, -1) for level in levels] * 8
+    wanted[32:] = [2 * w for w in wanted[32:]]
+    assert bitstack_triton._flips(stack)
+    assert bitstack_triton.linear(torch.eye(64).bfloat16(), stack)[:, 0].tolist() == wanted
+
+
+def test_the_floor_holds_where_factors_cancel() -> None:
+    planes = (torch.zeros(1, 4, dtype=torch.uint8),)
+    u, v = torch.tensor([[1.0, 1.0]]).bfloat16(), torch.stack([torch.full((32,), 2.0), torch.linspace(-4, 0, 32)])
+    stack = kernels.Planes(planes, u, v.bfloat16(), torch.ones(1), torch.float32)
+    y = bitstack_triton.linear(torch.eye(32).bfloat16(), stack)[:, 0]
+    assert torch.equal(y, torch.maximum(2 + v.bfloat16()[1].float(), torch.tensor(2 / 16)).bfloat16())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

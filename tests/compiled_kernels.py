@@ -221,6 +221,19 @@ def _bitstack_decode() -> Kernel:
     return Kernel("bitstack_kernels", "decode", types, how)
 
 
+def _signs(count: int, tokens: int) -> Kernel:
+    types = {"planes": "*i64", "u": "*bf16", "v": "*bf16", "levels": "*fp32", "x": "*bf16", "partial": "*fp32"}
+    types |= {**_SIZES, **_SPLIT, "M": "i32", "RANK": "i32*"}
+    how = {"COUNT": count, "RANKS": 1, "FLOOR": 1 / 16, "NATIVE": True}
+    how |= {"BLOCK_M": tokens, "BLOCK_N": 64, "BLOCK_K": 128}
+    return Kernel("signs_kernels", "product", types, how, 4, 4, CAPABILITIES if tokens == 8 else (90,))
+
+
+SIGNS = {
+    **{f"bitstack, {count} blocks, 1 token": _signs(count, 8) for count in (1, 2, 3)},
+    "bitstack, 2 blocks, 16 tokens": _signs(2, 16),
+    "bitstack, 3 blocks, 32 tokens": _signs(3, 32),
+}
 BITSTACK = {
     "bitstack decode": _bitstack_decode(),
     "bitstack, 16 tokens": _bitstack("bf16", 16),
@@ -286,12 +299,12 @@ GROUPS = {
     ),
 }
 
-KERNELS: dict[str, Kernel] = {**DF11, **LOOKUP, **PERMUTED, **BFP, **BITSTACK, **GROUPS}
+KERNELS: dict[str, Kernel] = {**DF11, **LOOKUP, **PERMUTED, **BFP, **BITSTACK, **SIGNS, **GROUPS}
 
 
 def targets(name: str) -> list[str]:
     """Compute capabilities of NVIDIA's GPUs, and names of AMD's."""
-    if name in PERMUTED:  # by an instruction of NVIDIA's
+    if name in PERMUTED or name in SIGNS:  # with instructions of NVIDIA's
         return [*map(str, KERNELS[name].capabilities)]
     return [*map(str, KERNELS[name].capabilities), "gfx942", *(["gfx1100"] if name in CHOSEN else [])]
 
