@@ -38,8 +38,8 @@ def linear(x: Tensor, mantissas: Tensor, exponents: Tensor, form: Format, bias: 
     for name, tensor in (("x", x), ("bias", bias)):
         if tensor is not None and tensor.device != mantissas.device:
             raise ValueError(f"{name}: is on {tensor.device}; move it to {mantissas.device}, where the weight is")
-    if x.dtype == torch.bfloat16 and (found := _groups(mantissas, exponents, form, columns)) is not None:
-        return groups_triton.linear(x, found, bias)
+    if x.dtype == torch.bfloat16 and (whole := _groups(mantissas, exponents, form, columns)) is not None:
+        return groups_triton.linear(x, whole, bias)
     flat = x.reshape(-1, columns).contiguous()
     tokens, blocks = len(flat), form.blocks(columns)
     narrow = x.dtype != torch.float32  # a float32 dot is one of plain multiplications, which needs registers
