@@ -2,8 +2,8 @@
 
 Codes are packed, in units where their width does not divide 32 (codes_kernels.py), or lie in bit planes. A tile of
 codes is looked up in its rows' tables, which stay in the L1 cache: a `tl.gather` from registers takes up to eight
-shuffles a weight, each of which costs what such a load does. Where SCALED, a block of COLUMNS columns has a scale, and
-a selector says which table; tiles lie within blocks.
+shuffles a weight, each of which costs what such a load does. (Few levels of 16 bits: permuted_kernels.py.) Where
+SCALED, a block of COLUMNS columns has a scale, and a selector says which table; tiles lie within blocks.
 """
 
 # mypy: ignore-errors
