@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress import bench
+from compress.formats.compiled import copied
 from compress.kernels import measured, simd
 from compress.kernels.linear import CompressedLinear
 from compress.registry import make
@@ -191,7 +192,9 @@ def llama(clock: Callable[[], float], new: int = 8) -> list[str]:
 
 def packed(scheme: Scheme, linear: nn.Linear) -> nn.Module:
     shape = (linear.out_features, linear.in_features)
-    return CompressedLinear(scheme.fit(shape), shape, scheme.fit(shape).encode(linear.weight.data))
+    tensors = scheme.fit(shape).encode(linear.weight.data)
+    held = {name: copied(tensor, "cpu") for name, tensor in tensors.items()}  # as loading lays them out
+    return CompressedLinear(scheme.fit(shape), shape, held)
 
 
 @torch.inference_mode()

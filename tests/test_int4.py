@@ -60,7 +60,16 @@ def test_a_packed_word_holds_eight_values_low_bits_first() -> None:
 
 @pytest.mark.parametrize(
     ("width", "group", "fitted"),
-    [(256, 128, 128), (172, 128, 86), (352, 128, 32), (64, 128, 64), (131, 128, 131), (8, 128, 8), (64, 7, 4), (172, 7, 4)],
+    [
+        (256, 128, 128),
+        (172, 128, 86),
+        (352, 128, 32),
+        (64, 128, 64),
+        (131, 128, 131),
+        (8, 128, 8),
+        (64, 7, 4),
+        (172, 7, 4),
+    ],
 )
 def test_a_group_that_does_not_divide_gives_way(width: int, group: int, fitted: int) -> None:
     assert Int4(group_size=group).fit((4, width)).group_size == fitted

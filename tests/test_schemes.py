@@ -207,7 +207,9 @@ def test_what_is_no_weight_or_no_encoding_is_refused() -> None:
         compress.encode([1.0], "int4")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a 2-D bfloat16"):
         compress.encode(torch.ones(3), "int4")
-    with pytest.raises(ValueError, match=r"no weight_packed is stored \(given: weight, weight_scale\); name the scheme"):
+    with pytest.raises(
+        ValueError, match=r"no weight_packed is stored \(given: weight, weight_scale\); name the scheme"
+    ):
         compress.decode(compress.encode(gaussian((4, 32)), "fp8"), "int4")
 
 
