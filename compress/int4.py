@@ -62,8 +62,8 @@ class Int4(Scheme):
     def fit(self, shape: tuple[int, ...]) -> Int4:
         """A group that does not divide in_features gives way to the next that does.
 
-        Halves down to 32 come first, because kernels elsewhere know them; then divisors down to 16, or to half of a
-        group that is smaller; then the row.
+        Halves down to 32 come first, because kernels elsewhere know them; then divisors down to 16, or to half of the
+        group where that is less; then the row.
         """
         width = shape[1]
         if width == 0 or width % self.group_size == 0:

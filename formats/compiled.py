@@ -80,7 +80,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """torch.empty, from NumPy, which asks for huge pages: filling such memory for the first time costs a quarter."""
     size = math.prod(shape) * dtype.itemsize
     if not size:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     memory = np.empty(size + LINE, np.uint8)
     return torch.from_numpy(memory[-memory.ctypes.data % LINE :][:size]).view(dtype).view(shape)
 

@@ -49,9 +49,14 @@ def in_threads(loop: Any, rows: int, size: int, *arguments: Any) -> None:
 
 def team(rows: int, size: int) -> tuple[int, int, int]:
     """Who works on so many rows: OpenMP's function, 0 where it is not to be had; threads; and parts of the rows."""
-    start = 0 if _forked else _openmp()
+    start = _openmp() if has_openmp() else 0
     threads = min(torch.get_num_threads(), rows) if size > (_SIZE if start else _PYTHON_SIZE) else 1
     return start, threads, min(_PARTS * threads, rows) if threads > 1 else 1
+
+
+def has_openmp() -> bool:
+    """Whether `run_parts` can wake threads."""
+    return not _forked and _openmp() != 0
 
 
 def _in_python(loop: Any, rows: int, threads: int, parts: int, arguments: tuple[Any, ...]) -> None:

@@ -46,7 +46,7 @@ def linear(x: Tensor, mantissas: Tensor, exponents: Tensor, form: Format, bias: 
     block_m, block_n = min(128 if narrow else 16, max(16, triton.next_power_of_2(tokens))), 64
     across, down = triton.cdiv(rows, block_n), triton.cdiv(tokens, block_m)
     split = max(1, min(PROGRAMS // max(1, 2 * across * down), columns // 512))
-    partial = torch.empty(split, tokens, rows, device=x.device)
+    partial = torch.empty(split, tokens, rows, dtype=torch.float32, device=x.device)
     if partial.numel():
         with torch.cuda.device_of(flat):
             kernels.matmul[(across, down, split)](

@@ -62,7 +62,7 @@ def linear(x: Tensor, stack: Planes, bias: Tensor | None = None) -> Tensor:
     block_m = min(64 if narrow else 16, max(16, triton.next_power_of_2(m)))
     across, down = triton.cdiv(n, BLOCK_N), triton.cdiv(m, block_m)
     split = max(1, min(PROGRAMS // max(1, across * down), triton.cdiv(k, 2 * BLOCK_K[narrow])))
-    partial = torch.empty(split, m, n, device=x.device)
+    partial = torch.empty(split, m, n, dtype=torch.float32, device=x.device)
     if partial.numel():
         with torch.cuda.device_of(x):
             bitstack_kernels.matmul[(across, down, split)](
@@ -99,7 +99,7 @@ def _flipped(x: Tensor, stack: Planes) -> Tensor:
     tile = _flipped_tile(m)
     across, down = triton.cdiv(n, tile["BLOCK_N"]), triton.cdiv(m, tile["BLOCK_M"])
     split = max(1, min(PROGRAMS // max(1, across * down), triton.cdiv(k, 2 * tile["BLOCK_K"])))
-    partial = torch.empty(split, m, n, device=x.device)
+    partial = torch.empty(split, m, n, dtype=torch.float32, device=x.device)
     if partial.numel():
         with torch.cuda.device_of(x):
             signs_kernels.product[(across, down, split)](

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.formats.compiled import jit
+from compress.formats.compiled import empty, jit
 from compress.formats.threads import in_threads
 
 TOKENS = 4
@@ -43,12 +43,14 @@ def quantize(x: Tensor, order: Any, unit: int, limit: int, lanes: int, factor: i
     """
     tokens, padded = x.shape[0], len(order)
     room = tokens + -tokens % together(tokens)
-    source, array = x.detach().float().contiguous().numpy(), torch.empty if room == tokens else torch.zeros
+    source = x.detach().float().contiguous().numpy()
     found = Activations(
-        array((room, padded), dtype=torch.int16).numpy(),
-        array((room, padded // unit), dtype=torch.float32).numpy(),
-        array((room, padded // unit if factor else 0, lanes // 2), dtype=torch.int32).numpy(),
+        empty((room, padded), torch.int16).numpy(),
+        empty((room, padded // unit), torch.float32).numpy(),
+        empty((room, padded // unit if factor else 0, lanes // 2), torch.int32).numpy(),
     )
+    for array in found:
+        array[tokens:] = 0
     arguments = (source, order, unit, np.float32(limit), np.int32(factor), found.x, found.scales, found.sums)
     in_threads(quantize_rows, tokens, tokens * padded, *arguments)
     most = found.scales.max(initial=0)

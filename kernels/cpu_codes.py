@@ -20,7 +20,7 @@ from torch import Tensor
 
 from compress.formats.compiled import jit
 from compress.formats.threads import in_threads
-from compress.kernels import cpu_few, cpu_tables, simd
+from compress.kernels import cpu_tables, simd
 from compress.kernels.cpu_activations import quantize, together
 from compress.kernels.cpu_few import Few
 from compress.kernels.cpu_row import (
@@ -131,8 +131,8 @@ def _product(
     few = Few(_kernel(layout), weights, height, (order, layout.unit, limit, factor), layout.lanes)
 
     def run(x: Tensor, dtype: torch.dtype) -> Tensor | None:
-        if len(x) <= cpu_few.MOST and dtype in cpu_few.DTYPES and x.dtype in cpu_few.DTYPES and few.can_run:
-            return few(x.contiguous(), dtype)
+        if few.takes(x, dtype):
+            return few(x, dtype)
         found = quantize(x, order, layout.unit, limit, layout.lanes, factor)
         if found is None:
             return None

@@ -14,6 +14,7 @@ import torch
 from llvmlite import ir
 from numba import carray, types  # type: ignore[attr-defined]
 from torch import Tensor
+from torch.nn import Parameter
 
 from compress.formats import threads
 from compress.formats.compiled import intrinsic, jit, lines
@@ -21,6 +22,7 @@ from compress.kernels.cpu_activations import TOKENS, quantize_rows
 
 MOST = TOKENS - 1  # tokens: more are quantized on several threads, and share what they read
 DTYPES = (torch.bfloat16, torch.float32)
+_PLAIN = (Tensor, Parameter)  # others may have no memory of their own
 
 
 class Few:
@@ -31,7 +33,7 @@ class Few:
         inputs: order, unit, limit and factor, as `cpu_activations.quantize` takes them. lanes: of 16 bits.
         """
         order, unit, limit, factor = inputs
-        self._loop, self._weights, self._size = loop, weights, len(order) * height
+        self._loop, self._weights, self._height, self._size = loop, weights, height, len(order) * height
         self._rest = (order, unit, np.float32(limit), np.int32(factor), lanes // 2, height, *weights)
 
     @cached_property
@@ -40,17 +42,18 @@ class Few:
         made = (np.empty((1,) * dimensions, dtype) for dtype, dimensions in kinds)
         return threads.entry(self._loop, (*self._weights, *made))
 
-    @property
-    def can_run(self) -> bool:
-        """Whether threads can be woken from compiled code."""
-        return threads.team(1, 0)[0] != 0
+    def takes(self, x: Tensor, dtype: torch.dtype) -> bool:
+        """Whether x is few tokens in plain memory, and threads can be woken from compiled code."""
+        known = len(x) <= MOST and x.dtype in DTYPES and dtype in DTYPES
+        return known and type(x) in _PLAIN and not x.is_neg() and threads.has_openmp()
 
     def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """x: (tokens, columns), contiguous, of one of DTYPES. Returns (tokens, rows) of `dtype`, which is one of them;
-        None where x has numbers that `quantize` does not take."""
-        tokens, columns = x.shape
-        height = self._rest[5]
-        y = torch.empty(tokens, height, dtype=dtype)
+        """x: (tokens, columns), one that it `takes`. Returns (tokens, rows) of `dtype`; None where x has numbers that
+        `quantize` does not take, or there is no memory to write to."""
+        x, (tokens, columns), height = x.contiguous(), x.shape, self._height
+        y = torch.empty(tokens, height, dtype=dtype, device="cpu")
+        if type(y) is not Tensor:  # where torch only pretends
+            return None
         place = (x.data_ptr(), y.data_ptr(), x.dtype is torch.bfloat16, dtype is torch.bfloat16, tokens, columns)
         state = _multiply(*threads.team(height, tokens * self._size), self._entry, *place, *self._rest)
         if state == _FAILED:

@@ -18,7 +18,7 @@ from numba.core import cgutils
 from torch import Tensor
 
 from compress.formats import fixed
-from compress.formats.compiled import intrinsic, jit
+from compress.formats.compiled import empty, intrinsic, jit
 from compress.formats.huffman import CHUNK
 from compress.formats.threads import in_threads
 from compress.kernels import simd
@@ -48,7 +48,7 @@ def product(
     def run(x: Tensor) -> Tensor | None:
         layout = Layout(BFLOAT16, 0, UNIT, simd.lanes(), together(len(x)))
         inputs = inputs_of(x, UNIT, layout.tokens)
-        mixed = torch.empty(inputs.shape).numpy()  # from where a cache line begins
+        mixed = empty(inputs.shape, torch.float32).numpy()
         if not _mix(inputs.reshape(-1), mixed.reshape(-1)):
             return None
         out = np.zeros((len(inputs), height), np.float32)

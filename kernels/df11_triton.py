@@ -245,7 +245,7 @@ def _one_token(x: Tensor, weight: Fixed, bias: Tensor | None, y: Tensor) -> None
     together, lanes = next((r for r in (4, 2) if rows >= r * PROGRAMS), 1), 128
     programs = triton.cdiv(rows, together)
     split = max(1, min(PROGRAMS // programs, columns // (16 * lanes)))
-    partial = y if split == 1 else torch.empty(split, 1, rows, device=y.device)
+    partial = y if split == 1 else torch.empty(split, 1, rows, dtype=torch.float32, device=y.device)
     _launch(
         kernels.gemv,
         (programs, split),
@@ -275,7 +275,7 @@ def _tokens(x: Tensor, weight: Fixed, bias: Tensor | None, y: Tensor) -> None:
     block_m, block_n = min(128 if narrow else 16, max(16, triton.next_power_of_2(tokens))), 64
     across, down = triton.cdiv(rows, block_n), triton.cdiv(tokens, block_m)
     split = max(1, min(PROGRAMS // (2 * across * down), columns // (2 * BLOCK)))
-    partial = torch.empty(split, tokens, rows, device=y.device)
+    partial = torch.empty(split, tokens, rows, dtype=torch.float32, device=y.device)
     _launch(
         kernels.matmul,
         (across, down, split),

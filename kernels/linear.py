@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import is_not
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 from weakref import WeakValueDictionary
 
 import torch
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from compress.formats.compiled import copied
 from compress.kernels import cpu
-from compress.kernels.op import Layout
+from compress.kernels.op import Layout, Packed
 from compress.kernels.prepared import Prepared
 
 
 class RunningScheme(Protocol):
     """What a scheme must do to run. `prepare` makes of the stored tensors what the others take."""
+
+    lossless: ClassVar[bool]
 
     def prepare(self, tensors: dict[str, Tensor]) -> Any: ...
 
@@ -46,18 +48,21 @@ class Stored:
         return _SCHEMES[self.scheme].decode(dict(zip(self.names, self.tensors, strict=True)))
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """By what the layer that has these tensors runs on, where that multiplies with them as they are."""
-        running = _RUNNING.get(self.tensors[0].data_ptr())
-        y = cpu.multiply(x, running, bias, self.decode) if running and self._is(running) else None
-        return F.linear(x, self.decode().to(x.dtype), bias) if y is None else y
+        """As the layer that has these tensors multiplies uncompiled."""
+        y = cpu.multiply(x, _RUNNING.get(self.key), bias, self.decode)
+        if y is not None:
+            return y
+        weight = self.decode()
+        is_lossless = _SCHEMES[self.scheme].lossless
+        return F.linear(x, weight.to(x.dtype), bias) if is_lossless else cpu.dense(x, weight, bias)
 
-    def _is(self, running: cpu.Prepared) -> bool:
-        pairs = zip(self.names, self.tensors, strict=True)
-        return all(name in running and running[name].data_ptr() == tensor.data_ptr() for name, tensor in pairs)
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return (self.scheme, *((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in self.tensors))
 
 
 _SCHEMES: dict[str, RunningScheme] = {}
-_RUNNING: WeakValueDictionary[int, cpu.Prepared] = WeakValueDictionary()  # by where the first tensor lies
+_RUNNING: WeakValueDictionary[Any, cpu.Prepared] = WeakValueDictionary()  # by scheme, and where its tensors lie
 STORED = Layout("stored", Stored, Stored.decode, lambda x, weight, bias: weight.linear(x, bias))
 
 
@@ -108,13 +113,13 @@ class CompressedModule(nn.Module):
         """What torch.compile can look into, of what the scheme runs on."""
         if isinstance(found, Prepared):
             return found
-        name, names = repr(self.scheme), tuple(found)
+        name, dtype = repr(self.scheme), self.scheme.dtype_of(found)
         _SCHEMES[name] = self.scheme
-        dtype = self.scheme.dtype_of(found)
-        packed = STORED(tuple(found.values()), names, name, tuple(self.shape), dtype)
+        weight = Stored(tuple(found.values()), tuple(found), name, tuple(self.shape), dtype)
+        packed = Packed(STORED, weight)
         packed.input_scale = found.get("input_scale")
         if isinstance(found, cpu.Prepared):
-            _RUNNING[packed.parts[0].data_ptr()] = found
+            _RUNNING[weight.key] = found
         return packed
 
     def __getstate__(self) -> dict[str, Any]:

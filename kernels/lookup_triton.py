@@ -44,7 +44,7 @@ def linear(x: Tensor, weight: Lookup, bias: Tensor | None = None) -> Tensor:
     block_n, block_k = _tile(weight, *((8, 128) if block_m == 1 else (64, 64)))
     across, down = triton.cdiv(n, block_n), triton.cdiv(tokens, block_m)
     split = max(1, min(PROGRAMS // max(1, across * down), triton.cdiv(k, 2 * block_k)))
-    partial = torch.empty(split, tokens, n, device=x.device)
+    partial = torch.empty(split, tokens, n, dtype=torch.float32, device=x.device)
     if partial.numel():
         _launch(
             kernels.product,
@@ -77,7 +77,7 @@ def _permuted(x: Tensor, weight: Lookup) -> Tensor:
     tile = _permuted_tile(tokens)
     across, down = triton.cdiv(n, tile["BLOCK_N"]), triton.cdiv(tokens, tile["BLOCK_M"])
     split = max(1, min(PROGRAMS // max(1, across * down), triton.cdiv(k, 2 * tile["BLOCK_K"])))
-    partial = torch.empty(split, tokens, n, device=x.device)
+    partial = torch.empty(split, tokens, n, dtype=torch.float32, device=x.device)
     if partial.numel():
         with torch.cuda.device_of(x):
             permuted_kernels.product[(across, down, split)](

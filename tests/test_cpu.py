@@ -239,6 +239,33 @@ def test_sums_beyond_the_largest_number_are_infinite_when_they_are_rounded() -> 
     assert run(x, torch.bfloat16).tolist() == [[math.inf, -math.inf]]
 
 
+@pytest.mark.parametrize(
+    "name, options",
+    [("int4", {"method": "rtn"}), ("kmeans", {"method": "rtn"}), ("df11", {"coding": "fixed"}), ("fp8", {})],
+)
+def test_other_defaults_of_torch_change_nothing(name: str, options: dict[str, Any]) -> None:
+    scheme, tensors = stored(name, (40, 256), **options)
+    prepared = scheme.prepare(tensors)
+    for tokens in (1, 5):
+        x = gaussian(tokens, 256)
+        wanted = scheme.linear(x, prepared)
+        with torch.device("meta"):
+            assert torch.equal(scheme.linear(x, prepared), wanted)
+        for dtype in (torch.float64, torch.bfloat16, torch.float16):
+            torch.set_default_dtype(dtype)
+            try:
+                assert torch.equal(scheme.linear(x, prepared), wanted)
+            finally:
+                torch.set_default_dtype(torch.float32)
+
+
+def test_inputs_that_are_views_with_a_sign_are_no_plain_memory() -> None:
+    scheme, tensors = stored("int4", (40, 256), torch.float32, method="rtn")
+    prepared, x = scheme.prepare(tensors), gaussian(1, 256, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="negative bit"):
+        scheme.linear(torch._neg_view(x), prepared)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_comes_out_as_from_the_decoded_weight(bad: float) -> None:
     scheme, tensors = stored("int4", (32, 128), torch.float32, method="rtn")

@@ -66,6 +66,25 @@ def test_a_compiled_layer_multiplies_on_the_cpu_with_what_is_stored(name: str, m
     assert not decoded
 
 
+def test_compiled_layers_find_their_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where another lies at the same place in memory, or many tokens are decoded for."""
+    monkeypatch.setenv("COMPRESS_CPU_PATH", "fused")
+    whole = linear(make("int4", {"method": "rtn"}), 64, 512)
+    part = CompressedLinear(whole.scheme, (32, 512), {name: t[:32] for name, t in whole.tensors().items()})
+    part.weight_shape.copy_(torch.tensor([32, 512]))
+    x = torch.randn(2, 512, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with torch.no_grad():
+        for layer in (whole, part):
+            want = layer(x)
+            for other in (whole, part):
+                other(x)
+            assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), want)
+        monkeypatch.setenv("COMPRESS_CPU_PATH", "dense")
+        many, layer = gaussian(40, 512), linear(make("int4", {"method": "rtn"}), 256, 512)
+        want = layer(many)
+        assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(many), want)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by its own compiler
 def test_inductor_takes_it() -> None:
     layer = linear(make("mxfp4"), 16, 64)
