@@ -243,7 +243,7 @@ def _check_options(path: Path, quantization: Mapping[str, Any] | None, options: 
     if not recoding:
         raise ValueError(
             f"{path}: loading takes no {', '.join(options)}. It takes dtype, device, max_memory, kv_cache, kv_bits and "
-            "kv_window; and options of schemes that can be decoded otherwise, which df11 and nested kmeans can"
+            "kv_window; and options of what can be decoded otherwise: df11, and kmeans with nested=true"
         )
     for name in recoding:
         make(name, options)

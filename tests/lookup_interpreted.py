@@ -49,7 +49,7 @@ def test_it_decodes_what_the_cpu_decodes(bits: int, planes: bool) -> None:
         assert torch.equal(lookup_triton.decode(weight), want)
 
 
-@pytest.mark.parametrize("tokens", [1, 4, 17])
+@pytest.mark.parametrize("tokens", [1, 17])
 @pytest.mark.parametrize(("bits", "planes"), [*((bits, False) for bits in range(2, 9)), (4, True), (3, True)])
 def test_it_multiplies_with_what_it_would_decode(bits: int, planes: bool, tokens: int) -> None:
     for shape in (*SHAPES[2:5], (1, 301)):
@@ -95,7 +95,7 @@ def test_blocks_have_their_scales_and_tables(bits: int, block: int, tables: int)
         blocks = {"scales": scales, "selector": selector}
         weight = lookup.pack(pack(codes, bits), levels, shape, 1, block, torch.float32, **blocks).weight
         assert torch.equal(lookup_triton.decode(weight), want)
-        for tokens in (1, 4, 17):
+        for tokens in (1, 17):
             x = torch.randn(tokens, shape[1], generator=generator)
             check(lookup_triton.linear(x, weight), x, want, torch.zeros(shape[0]))
 
@@ -103,7 +103,8 @@ def test_blocks_have_their_scales_and_tables(bits: int, block: int, tables: int)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_levels_of_16_bits_are_permuted_into_place(bits: int, dtype: torch.dtype) -> None:
-    for shape, tokens in (((3, 31), 1), ((17, 64), 64), ((33, 257), 17)):
+    cases = (((3, 31), 1), ((33, 257), 17), ((17, 64), 64))
+    for shape, tokens in cases[: 3 if dtype == torch.bfloat16 else 1]:  # the same bytes are moved, whatever they mean
         weight, want = permuted(shape, bits, 4, dtype)
         x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(2)).to(dtype)
         partial = lookup_triton._permuted(x, weight)
