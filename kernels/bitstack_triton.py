@@ -15,7 +15,6 @@ from compress.kernels import bitstack_kernels, prepared, signs_kernels, sums
 from compress.kernels.bitstack import FLOOR, Planes
 from compress.kernels.prepared import stages
 
-PROGRAMS = 512  # a grid of so many gives each of about 130 multiprocessors several
 FUSED_TOKENS = 128  # for more, W is better decoded once
 BLOCK_N = 32
 BLOCK_K = {True: 128, False: 64}  # bfloat16 or not: a float32 dot is one of plain multiplications, and needs registers
@@ -60,12 +59,10 @@ def linear(x: Tensor, stack: Planes, bias: Tensor | None = None) -> Tensor:
     if narrow and _flips(stack):
         return sums.finish(_flipped(flat, stack), bias, x.dtype).view(*x.shape[:-1], n)
     block_m = min(64 if narrow else 16, max(16, triton.next_power_of_2(m)))
-    across, down = triton.cdiv(n, BLOCK_N), triton.cdiv(m, block_m)
-    split = max(1, min(PROGRAMS // max(1, across * down), triton.cdiv(k, 2 * BLOCK_K[narrow])))
-    partial = torch.empty(split, m, n, dtype=torch.float32, device=x.device)
+    grid, partial = sums.shared(flat, n, (block_m, BLOCK_N, BLOCK_K[narrow]))
     if partial.numel():
         with torch.cuda.device_of(x):
-            bitstack_kernels.matmul[(across, down, split)](
+            bitstack_kernels.matmul[grid](
                 *_parts(stack),
                 flat,
                 partial,
@@ -80,7 +77,7 @@ def linear(x: Tensor, stack: Planes, bias: Tensor | None = None) -> Tensor:
                 BLOCK_N=BLOCK_N,
                 BLOCK_K=BLOCK_K[narrow],
                 R=RANKS,
-                SPLIT=split,
+                SPLIT=len(partial),
                 num_warps=4,
                 num_stages=stages(2),
             )
@@ -97,12 +94,10 @@ def _flipped(x: Tensor, stack: Planes) -> Tensor:
     """x: (M, K) bfloat16. Returns (split, M, N) float32, to be added up."""
     (n, k), m = stack.shape, len(x)
     tile = _flipped_tile(m)
-    across, down = triton.cdiv(n, tile["BLOCK_N"]), triton.cdiv(m, tile["BLOCK_M"])
-    split = max(1, min(PROGRAMS // max(1, across * down), triton.cdiv(k, 2 * tile["BLOCK_K"])))
-    partial = torch.empty(split, m, n, dtype=torch.float32, device=x.device)
+    grid, partial = sums.shared(x, n, (tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]))
     if partial.numel():
         with torch.cuda.device_of(x):
-            signs_kernels.product[(across, down, split)](
+            signs_kernels.product[grid](
                 *_parts(stack),
                 x,
                 partial,
@@ -114,7 +109,7 @@ def _flipped(x: Tensor, stack: Planes) -> Tensor:
                 RANKS=triton.cdiv(stack.u.shape[1], RANKS),
                 FLOOR=FLOOR,
                 NATIVE=x.is_cuda,
-                SPLIT=split,
+                SPLIT=len(partial),
                 **tile,
                 num_warps=4,
                 num_stages=4,  # the planes of a tile are 2 KiB: many must be on their way

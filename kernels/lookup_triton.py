@@ -14,7 +14,6 @@ from compress.kernels import permuted_kernels, prepared, sums
 from compress.kernels.lookup import Lookup
 
 FUSED_TOKENS = 64  # of more, the product of a decoded weight is faster than looking up again for every 64
-PROGRAMS = 512  # a grid of so many gives each of about 130 multiprocessors several
 _X = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -42,13 +41,11 @@ def linear(x: Tensor, weight: Lookup, bias: Tensor | None = None) -> Tensor:
         return sums.finish(_permuted(flat, weight), bias, x.dtype).view(*x.shape[:-1], n)
     block_m = 1 if tokens == 1 else 16 if tokens <= 16 else 64
     block_n, block_k = _tile(weight, *((8, 128) if block_m == 1 else (64, 64)))
-    across, down = triton.cdiv(n, block_n), triton.cdiv(tokens, block_m)
-    split = max(1, min(PROGRAMS // max(1, across * down), triton.cdiv(k, 2 * block_k)))
-    partial = torch.empty(split, tokens, n, dtype=torch.float32, device=x.device)
+    grid, partial = sums.shared(flat, n, (block_m, block_n, block_k))
     if partial.numel():
         _launch(
             kernels.product,
-            (across, down, split),
+            grid,
             *_parts(weight),
             flat,
             partial,
@@ -57,7 +54,7 @@ def linear(x: Tensor, weight: Lookup, bias: Tensor | None = None) -> Tensor:
             k,
             *_sizes(weight),
             DOT=_X[x.dtype],
-            SPLIT=split,
+            SPLIT=len(partial),
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             BLOCK_K=block_k,
@@ -75,12 +72,10 @@ def _permuted(x: Tensor, weight: Lookup) -> Tensor:
     """x: (M, K). Returns (split, M, N) float32, to be added up."""
     (n, k), tokens = weight.shape, len(x)
     tile = _permuted_tile(tokens)
-    across, down = triton.cdiv(n, tile["BLOCK_N"]), triton.cdiv(tokens, tile["BLOCK_M"])
-    split = max(1, min(PROGRAMS // max(1, across * down), triton.cdiv(k, 2 * tile["BLOCK_K"])))
-    partial = torch.empty(split, tokens, n, dtype=torch.float32, device=x.device)
+    grid, partial = sums.shared(x, n, (tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]))
     if partial.numel():
         with torch.cuda.device_of(x):
-            permuted_kernels.product[(across, down, split)](
+            permuted_kernels.product[grid](
                 weight.indices,
                 weight.tables.view(torch.uint32),
                 x,
@@ -92,7 +87,7 @@ def _permuted(x: Tensor, weight: Lookup) -> Tensor:
                 weight.rows,
                 BITS=weight.bits,
                 NATIVE=x.is_cuda,
-                SPLIT=split,
+                SPLIT=len(partial),
                 **tile,
                 num_warps=tile["BLOCK_N"] // 16,
                 num_stages=3,

@@ -10,6 +10,18 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 1024
+PROGRAMS = 512  # a grid of so many gives each of about 130 multiprocessors several
+
+
+def shared(x: Tensor, rows: int, tile: tuple[int, int, int]) -> tuple[tuple[int, int, int], Tensor]:
+    """The grid of a product with few tokens, and what its programs fill: (split, M, rows) float32.
+
+    x: (M, K). tile: tokens, rows and columns of a program's step; two steps at least are one program's.
+    """
+    (tokens, columns), (block_m, block_n, block_k) = x.shape, tile
+    across, down = triton.cdiv(rows, block_n), triton.cdiv(tokens, block_m)
+    split = max(1, min(PROGRAMS // max(1, across * down), triton.cdiv(columns, 2 * block_k)))
+    return (across, down, split), torch.empty(split, tokens, rows, dtype=torch.float32, device=x.device)
 
 
 @triton.jit(do_not_specialize=["count", "SPLIT"])
