@@ -95,13 +95,14 @@ class CompressedModule(nn.Module):
     def running(self) -> Any:
         """What the scheme runs on: made of the packed tensors once, as long as these stay the same ones.
 
-        Raises ValueError for torch.export and torch.jit.trace, which would need the packed tensors to be parameters.
+        Raises ValueError under torch.jit.trace, and under torch.export where that has put others in their place.
         """
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        is_stale = self._prepared is None or any(map(is_not, self._buffers.values(), self._prepared[0]))
+        if torch.jit.is_tracing() or (is_stale and torch.compiler.is_exporting()):  # type: ignore[attr-defined]
             raise ValueError(_NOT_TRACED)
-        if self._prepared is None or any(map(is_not, self._buffers.values(), self._prepared[0])):
+        if is_stale:
             self._prepare(self.tensors())
-            assert self._prepared is not None
+        assert self._prepared is not None
         return self._prepared[2 if torch.compiler.is_compiling() else 1]
 
     @torch.compiler.disable(reason=_NOT_PREPARED)  # type: ignore[untyped-decorator]
