@@ -198,7 +198,7 @@ def evaluate(
     console.emit(document, as_json)
     console.show(*([tables.comparison(found)] if len(models) > 1 else [tables.scores(found[models[0]])]))
     if layers:
-        console.show(*(tables.layers(scores["layers"]) for scores in found.values() if scores["layers"]))
+        console.show(*(tables.layers(scores["layers"]) for scores in found.values()))
     if out:
         write_text(out, json.dumps(document, indent=1) + "\n")
         click.echo(f"Wrote {out}", err=True)

@@ -129,8 +129,10 @@ def layer_chart(lines: list[dict[str, Any]], most: int = 24) -> str:
     return chart.bars("Where it went", "KL divergence with this layer alone compressed (nats)", values, note)
 
 
-def layers(lines: list[dict[str, Any]], most: int = 10) -> Table:
+def layers(lines: list[dict[str, Any]], most: int = 10) -> Table | Text:
     """The layers whose compression alone costs most."""
+    if not lines:
+        return Text("No layer was compressed with loss.")
     table = Table(box=None, pad_edge=False, caption=f"of {len(lines)}, each compressed alone; --json and -o have all")
     table.caption_justify = "left"
     table.add_column("layer", overflow="fold")

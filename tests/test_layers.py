@@ -9,6 +9,7 @@ import torch
 from click.testing import CliRunner
 
 import compress
+from compress import tables
 from compress.cli import main
 from compress.eval import fidelity, layers, running
 from compress.eval.capacity import information_capacity, operations_per_token
@@ -84,6 +85,10 @@ def test_the_command_shows_and_draws_them(llama_dir: Path, tmp_path: Path) -> No
     assert found["generation_tokens_per_second"] > 0
     refused = CliRunner().invoke(main, ["eval", str(llama_dir), "--reference", str(llama_dir), "--layers"])
     assert refused.exit_code == 2 and "no compress.json" in refused.stderr
+
+
+def test_a_lossless_checkpoint_has_no_layer_to_show() -> None:
+    assert str(tables.layers([])) == "No layer was compressed with loss."
 
 
 def test_several_models_are_compared(llama_dir: Path, tmp_path: Path) -> None:
