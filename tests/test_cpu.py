@@ -10,12 +10,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import compress
+from compress.formats import threads
+from compress.formats.compiled import jit
 from compress.kernels import cpu, cpu_codes, cpu_few, measured, simd
 from compress.kernels.cpu import Prepared
 from compress.registry import make
@@ -227,6 +231,31 @@ def test_a_single_call_for_a_few_tokens_gives_the_same_bits(
             wanted = [scheme.linear(x, prepared), scheme.linear(x, prepared, bias)]
             wanted.append(prepared.product.run(x, torch.bfloat16).bfloat16())
         assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+
+
+@jit
+def _failing(start, stop, packed, steps, others, share, other_share, x, scales, sums, out):  # type: ignore[no-untyped-def]
+    raise ValueError
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_single_call_hears_of_a_loop_that_fails(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not threads.has_openmp():
+        pytest.skip("torch has no OpenMP of GNU's kind here")
+    monkeypatch.setattr(threads, "team", lambda rows, size: (threads._openmp(), count, count))
+    weights = (np.zeros((8, 8), np.uint8), np.zeros((8, 1), np.float32), np.zeros((1, 1), np.uint8), 1, 1)
+    multiply = cpu_few.Few(_failing, weights, 8, (np.arange(16), 16, cpu_codes.LIMIT, 0), 16)
+    x = gaussian(1, 16)
+    assert multiply.takes(x, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="is there enough memory"):
+        multiply(x, torch.bfloat16)
+
+
+def test_tensors_that_only_pretend_are_refused_and_not_read() -> None:
+    scheme, tensors = stored("int4", (40, 256), method="rtn")
+    prepared = scheme.prepare(tensors)
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(RuntimeError, match="numpy"):
+        scheme.linear(torch.ones(1, 256), prepared)
 
 
 def test_sums_beyond_the_largest_number_are_infinite_when_they_are_rounded() -> None:
