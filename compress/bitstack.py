@@ -125,8 +125,8 @@ class Bitstack(Scheme):
         return kernels.pack(Planes(planes, tensors["u"], tensors["v"], kernels.expand(steps), tensors["like"].dtype))
 
     def prepared_bytes(self, specs: Mapping[str, Spec], device: str) -> int:
-        rank, columns = specs["v"].shape
-        return kernels.beside(rank, columns, 1 + max(map(self.block_of, specs)), device)
+        (rows, rank), columns = specs["u"].shape, specs["v"].shape[1]
+        return kernels.beside((rows, columns), rank, 1 + max(map(self.block_of, specs)), device)
 
     def rows(self, tensors: Any, index: Tensor) -> Tensor:
         stack = self._packed(tensors).weight

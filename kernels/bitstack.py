@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compress.formats.compiled import empty, float_bits, jit
 from compress.formats.threads import in_threads
-from compress.kernels import cpu, cpu_planes, prepared, simd
+from compress.kernels import cpu, cpu_planes, cpu_signs, prepared, simd
 from compress.kernels.cpu import Product
 from compress.kernels.op import Layout, Packed
 
@@ -57,11 +57,23 @@ class Planes:
             return None
 
         def run(x: Tensor, dtype: torch.dtype) -> Tensor:
-            columns = self.shape[1]
-            padded = F.pad(x.detach().float(), (0, -columns % 128)).contiguous()
+            columns, wide = self.shape[1], x.detach().float()
+            if cpu_signs.takes(len(self.planes), len(x)) and self.signs:
+                y = cpu_signs.product(self.signs, wide.contiguous().numpy())
+                if y is not None:
+                    return torch.from_numpy(y)
+            padded = F.pad(wide, (0, -columns % 128)).contiguous()
             return torch.from_numpy(cpu_planes.product(*_arrays(self), padded.numpy(), columns))
 
         return Product(f"{len(self.planes)} bit planes of rank {self.u.shape[1]}", self.shape, run)
+
+    @cached_property
+    def signs(self) -> cpu_signs.Signs | None:
+        """What a few tokens are looked up with on the CPU; None where that does not do."""
+        if not cpu_signs.can_run(len(self.planes), self.shape[1]):
+            return None
+        planes = tuple(plane.contiguous().numpy() for plane in self.planes)
+        return cpu_signs.prepared(planes, _words(self.u), _words(self.v), self.levels.numpy(), FLOOR)
 
     def rows(self, index: Tensor | slice) -> Planes:
         """Those rows of it. index: (count,) int64."""
@@ -72,10 +84,15 @@ class Planes:
         return replace(self, addresses=_places(self).to(self.u.device))
 
 
-def beside(rank: int, columns: int, planes: int, device: str) -> int:
-    """Bytes that are held beside a weight's tensors: the level of every code, and on a CPU v as its loops read it."""
-    lanes = simd.lanes()
-    return 4 * (1 << (planes - 1)) + (4 * rank * lanes * -(-columns // lanes) if device == "cpu" else 0)
+def beside(shape: tuple[int, int], rank: int, planes: int, device: str) -> int:
+    """Bytes that are held beside a weight's tensors: the level of every code, and on a CPU v as its loops read it, and
+    what looking up takes."""
+    size, lanes = 4 * (1 << (planes - 1)), simd.lanes()
+    if device == "cpu":
+        size += 4 * rank * lanes * -(-shape[1] // lanes)
+        if cpu_signs.can_run(planes, shape[1]) and shape[0] * shape[1] >= cpu.LEAST:
+            size += cpu_signs.beside(*shape)
+    return size
 
 
 def expand(steps: list[Tensor]) -> Tensor:
@@ -131,9 +148,13 @@ def decode(stack: Planes) -> Tensor:
 
 def _arrays(stack: Planes) -> tuple[Any, Any, Any, float, Any, float]:
     """What both loops of `cpu_planes` take of a stack, on the CPU."""
-    u = stack.u.contiguous().view(torch.int16).numpy().view(np.uint16)
     largest = torch.finfo(stack.dtype).max
-    return _places(stack).numpy(), u, stack.vectors, FLOOR, stack.levels.numpy(), largest
+    return _places(stack).numpy(), _words(stack.u), stack.vectors, FLOOR, stack.levels.numpy(), largest
+
+
+def _words(factor: Tensor) -> Any:
+    """The bits of bfloat16: uint16."""
+    return factor.contiguous().view(torch.int16).numpy().view(np.uint16)
 
 
 def _places(stack: Planes) -> Tensor:

@@ -41,7 +41,8 @@ def main() -> None:
     from compress.registry import make
 
     torch.set_num_threads(1)
-    for name, options in [*CASES, ("df11", {"coding": "fixed"}), ("df11", {})]:
+    planes = ("bitstack", {"blocks": 2, "scaling": "none"})
+    for name, options in [*CASES, planes, ("df11", {"coding": "fixed"}), ("df11", {})]:
         for shape in SHAPES:
             if shape[1] == 1003 and name not in ("df11", "kmeans", "bitstack"):
                 continue  # others have whole groups
