@@ -73,19 +73,24 @@ def fill_table(context, values, table, is_first):  # type: ignore[no-untyped-def
 def transpose(context, plane, place, index, form):  # type: ignore[no-untyped-def]
     """For every four columns of a tile, a byte of every row with its bits of them.
 
-    plane: flat uint8, of rows. place: the first byte of the tile, and bytes from one row to the next. index: flat
-    uint8, (GROUPS, rows).
+    plane: flat uint8, of rows. place: the first byte of the tile, bytes from one row to the next, and to the tile
+    that is asked for next. index: flat uint8, (GROUPS, rows).
     """
     chosen = Form(*map(int, form.literal_value.split()))
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         source, target = (simd.data(context, builder, arguments[i], signature.args[i]) for i in (0, 2))
-        first, stride = cgutils.unpack_tuple(builder, arguments[1])
+        first, stride, ahead = cgutils.unpack_tuple(builder, arguments[1])
         one, chunks = integer(1), integer(TILE // 128)
         with cgutils.for_range_slice(builder, integer(0), integer(VECTORS), one, inc=True) as (number, _):
             row = builder.mul(number, integer(chosen.width))
             with cgutils.for_range_slice(builder, integer(0), chunks, one, inc=True) as (chunk, _):
                 start = builder.add(first, builder.mul(chunk, integer(16)))
+                each = chosen.width // (TILE // 128)
+                for r in range(each):  # a few at a time: all at once would wait for one another
+                    there = builder.add(row, builder.add(builder.mul(chunk, integer(each)), integer(r)))
+                    there = builder.add(builder.add(first, ahead), builder.mul(there, stride))
+                    simd.prefetch(builder, source, there)
                 columns = _columns(builder, chosen, source, start, stride, row)
                 for byte, bits in enumerate(columns):
                     at = builder.add(builder.mul(chunk, integer(32)), integer(2 * byte))

@@ -221,18 +221,19 @@ def _sum_rows(form: Form) -> Any:
             found[:] = 0
             for tile in range(tiles):
                 byte = tile * wide
+                ahead = wide if tile + 1 < tiles else rows * width - byte
                 for plane in range(len(planes)):
                     # Plane 0 has the signs; of the others the first has the highest bit of the code.
                     bit = 1 << (len(planes) - 1 - plane) if plane else 0
                     target = own if plane else index[:size]
                     if row + rows <= height and byte + wide <= width:
-                        transpose(planes[plane].reshape(-1), (row * width + byte, width), target, text)
+                        transpose(planes[plane].reshape(-1), (row * width + byte, width, ahead), target, text)
                     else:
                         edge[:] = 0
                         for r in range(min(rows, height - row)):
                             for b in range(min(wide, width - byte)):
                                 edge[r * wide + b] = planes[plane][row + r, byte + b]
-                        transpose(edge, (0, wide), target, text)
+                        transpose(edge, (0, wide, 0), target, text)
                     if plane:
                         for pattern in range(bit, patterns, 2 * bit):
                             _exclusive_or(index, pattern - bit, own, pattern)
