@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
+from bisect import bisect_right
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from compress.eval.report import Report
 from compress.formats import manifest
 from compress.formats.checkpoint import Checkpoint
 from compress.formats.files import write_text
-from compress.formats.shard import FILE_BYTES, ShardWriter, header_bytes, write_index
+from compress.formats.shard import Announced, ShardWriter, file_bytes, write_index
 from compress.job import Job, check_apart
 from compress.layout import SHARD_BYTES, Block, copied, copy_side_files, shards
 from compress.planning import Packed
@@ -70,41 +70,48 @@ class _Copy:
             for local, name in names.items()
         }
         self.manifest = manifest.unseal(model / manifest.NAME)
-        self.names = list(self._fitting(size))
+        self.names = self._fitting(size)
 
-    def _fitting(self, said: int | str) -> Iterator[str]:
+    def _fitting(self, said: int | str) -> list[str]:
         groups: dict[Block | None, list[str]] = {}
         for name in self.specs:
             block = self.block.get(name)
             groups.setdefault(block if block and block[1] else None, []).append(name)
-        sizes_of = {block: sum(self._size(name) for name in names) for block, names in groups.items()}
-        files = 1 + self.room // self.shard_bytes
-        left = self.room - files * FILE_BYTES - sizes_of[None]
-        if left < 0:
-            least = self.room - left
+        blocks = [block for block in groups if block]
+
+        def first(count: int) -> list[str]:
+            left_out = set(blocks[count:])
+            return [name for block, names in groups.items() if block not in left_out for name in names]
+
+        fitting = bisect_right(range(len(blocks) + 1), self.room, key=lambda count: self._size(first(count))) - 1
+        if fitting < 0:
+            least = self._size(first(0))
             raise ValueError(
                 f"size {said} is too small: with one block of each weight it takes {least} bytes "
                 f"({sizes.show(least)}); give that or more"
             )
-        for block, names in groups.items():
-            left -= sizes_of[block] if block else 0
-            if left < 0:
-                return
-            yield from names
+        return first(fitting)
 
-    def _size(self, name: str) -> int:
-        spec = self.specs[name]
-        return spec.bytes + header_bytes(name, spec.dtype, spec.shape)
+    def _size(self, names: list[str]) -> int:
+        """What the files of these tensors take."""
+        return sum(file_bytes(self._announced(group)) for group in self._layout(names).values())
+
+    def _layout(self, names: list[str]) -> dict[str, list[str]]:
+        layout = shards([copied(name, self.specs[name]) for name in names], self.shard_bytes)
+        return {file: [unit.source for unit in group] for file, group in layout.items()}
+
+    def _announced(self, names: list[str]) -> list[Announced]:
+        return [(name, self.specs[name].dtype, self.specs[name].shape) for name in names]
 
     def write(self, job: Job, command: str) -> None:
         """All files of the copy."""
-        layout = shards([copied(name, self.specs[name]) for name in self.names], self.shard_bytes)
+        layout = self._layout(self.names)
         records: dict[str, dict[str, Any]] = {}
         headers = {}
         for file, group in layout.items():
             done = job.recall(file)
             if done is None:
-                done = self._write_shard(job.checkpoint / file, [unit.source for unit in group])
+                done = self._write_shard(job.checkpoint / file, group)
                 job.note(file, done)
             records |= done["records"]
             headers[file] = done["header_sha256"]
@@ -126,8 +133,7 @@ class _Copy:
         write_text(job.checkpoint / manifest.NAME, manifest.seal(document))
 
     def _write_shard(self, path: Path, names: list[str]) -> dict[str, Any]:
-        announced = [(name, self.specs[name].dtype, self.specs[name].shape) for name in names]
-        with ShardWriter(path, announced) as writer:
+        with ShardWriter(path, self._announced(names)) as writer:
             for name in names:
                 writer.add(name, self.checkpoint.read(name))
                 self.checkpoint.release(name)

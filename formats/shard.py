@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 from collections.abc import Iterable, Mapping
@@ -28,12 +29,20 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(array)
 
 
-FILE_BYTES = 8 + 64 + 64  # of a file without tensors: the header's length, what is said of the file, and padding
+Announced = tuple[str, torch.dtype, tuple[int, ...]]  # a tensor's name, dtype and greatest shape
 
 
-def header_bytes(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    """The most that a tensor takes in the header of its file."""
-    return len(json.dumps(_header_item(name, dtype, shape, 1 << 50, 1 << 50))) + 2
+def file_bytes(names: Iterable[Announced]) -> int:
+    """What a file of these tensors takes, if they are as large as they are announced."""
+    names = list(names)
+    data = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in names)
+    return 8 + _header_bytes(names) + data
+
+
+def _header_bytes(names: Iterable[Announced], more: int = 0) -> int:
+    """The room for a header, so that the data starts on a cache line. more: of what is said of the file."""
+    room = 64 + more + sum(len(json.dumps(_header_item(*announced, 1 << 50, 1 << 50))) + 2 for announced in names)
+    return room + -(8 + room) % 64
 
 
 class ShardWriter:
@@ -46,15 +55,13 @@ class ShardWriter:
     def __init__(
         self,
         path: Path,
-        names: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
+        names: Iterable[Announced],
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.path, self.temporary = path, path.with_name(path.name + ".tmp")
         self.records: dict[str, dict[str, object]] = {}
         about = {"format": "pt", **(metadata or {})}
-        room = FILE_BYTES - 72 + sum(header_bytes(*announced) for announced in names)
-        room += len(json.dumps(about)) - len(json.dumps({"format": "pt"}))
-        self._header_bytes = room + -(8 + room) % 64  # the data starts on a cache line
+        self._header_bytes = _header_bytes(names, len(json.dumps(about)) - len(json.dumps({"format": "pt"})))
         self._header: dict[str, object] = {"__metadata__": about}
         self._position = 0
         self.header_sha256 = ""

@@ -266,6 +266,9 @@ def test_a_trimmed_copy_is_a_checkpoint_of_its_own(whole: Path, tiny_model: Tiny
                 assert line["relative_error"] == pytest.approx(errors[f"{line['name']}.weight"], rel=1e-3)
         stored = sum(entry.bytes for entry in Checkpoint(small).entries.values())
         assert report.bytes == stored and report.evaluation is None and "trimmed" in report.notes[-1]
+    for less, blocks in enumerate((blocks_in(whole), blocks_in(whole)[:-1])):  # as large as it is, and a byte less
+        assert (trim(whole, tmp_path / f"less {less}", files - less) == files) == (less == 0)
+        assert blocks_in(tmp_path / f"less {less}") == blocks
     trim(tmp_path / "0.9", tmp_path / "twice", int(0.7 * files))
     assert manifest.verify(tmp_path / "twice") == []
 
