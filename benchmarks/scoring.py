@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import compress
-from compress.export import export
+from compress.exporting import export
 
 SCRIPT, START = os.path.abspath(__file__), os.getcwd()
 Items = dict[str, list[float]]  # "task metric" -> what each item contributes

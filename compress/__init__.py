@@ -17,10 +17,13 @@ if TYPE_CHECKING:
         decode,
         encode,
         evaluate,
+        export,
         linear,
         load,
         plan,
         quantize,
+        trim,
+        verify,
     )
 
 __version__ = "0.1.0"
@@ -33,10 +36,13 @@ __all__ = [
     "decode",
     "encode",
     "evaluate",
+    "export",
     "linear",
     "load",
     "plan",
     "quantize",
+    "trim",
+    "verify",
 ]
 
 

@@ -1,4 +1,4 @@
-"""`verify --against`: what a compressed directory gives back, weight by weight, beside the model it was made of."""
+"""`verify`: whether a directory is as it was written, and what it gives back beside the model it was made of."""
 
 from __future__ import annotations
 
@@ -28,6 +28,31 @@ class Comparison:
     equal: bool
     relative_error: float
     problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """problems: what is wrong, a line each. tensors: of every tensor of the original, where it was compared."""
+
+    problems: list[str]
+    tensors: list[Comparison]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+def verify(out: Path, model: Path | None = None) -> Verification:
+    """Checks every byte of `out` against its manifest, and, if that is right, every tensor against those of `model`.
+
+    Raises ValueError where `out` has no manifest.
+    """
+    problems, lines = manifest.verify(out), []
+    if model is not None and not problems:
+        lines = list(compare(out, model))
+        problems = [f"{line.name}: {line.problem}" for line in lines if line.problem]
+    return Verification(problems, lines)
 
 
 def compare(out: Path, model: Path) -> Iterator[Comparison]:

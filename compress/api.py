@@ -10,11 +10,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compress import hub
+from compress.against import Verification
+from compress.against import verify as run_verification
 from compress.calibrate import Calibration
 from compress.eval.evaluate import Evaluation
 from compress.eval.evaluate import evaluate as run_evaluation
 from compress.eval.gates import Gates
 from compress.eval.report import Report
+from compress.exporting import export as run_export
 from compress.hf import load as load_directory
 from compress.kernels.linear import CompressedLinear
 from compress.prepare import Forecast, Prepared
@@ -23,6 +26,7 @@ from compress.recipe import Rules
 from compress.registry import make
 from compress.run import Options, Scoring, run
 from compress.scheme import Scheme, Spec, Tensors
+from compress.trimming import trim as run_trim
 
 __all__ = [
     "Calibration",
@@ -33,10 +37,13 @@ __all__ = [
     "decode",
     "encode",
     "evaluate",
+    "export",
     "linear",
     "load",
     "plan",
     "quantize",
+    "trim",
+    "verify",
 ]
 
 
@@ -98,6 +105,37 @@ def evaluate(model: str | Path, reference: str | Path | None = None, **how: Any)
     """Scores a model, compressed or not, on text and tasks; see `compress.eval.evaluate` for the keywords."""
     original = None if reference is None else hub.local_directory(reference)
     return run_evaluation(hub.local_directory(model), original, **how)
+
+
+def export(
+    model: str | Path, out: str | Path, to: str = "bf16", overwrite: bool = False, progress: Progress | None = None
+) -> None:
+    """Writes a compressed checkpoint (directory or hub id) to `out` as a plain one that anything loads.
+
+    to: bf16, fp16 or fp32; "original" gives the tensors from before a lossless scheme. Raises ValueError for what
+    cannot be written so, and for tensors that are damaged.
+    """
+    run_export(hub.local_directory(model), Path(out), to, overwrite, progress=progress)
+
+
+def verify(out: str | Path, against: str | Path | None = None) -> Verification:
+    """Checks every byte of what was written; against: the original, to decode and compare every tensor with.
+
+    Raises ValueError where `out` was not written by compress.
+    """
+    return run_verification(Path(out), None if against is None else hub.local_directory(against))
+
+
+def trim(
+    model: str | Path, out: str | Path, size: int | str, overwrite: bool = False, command: str | None = None
+) -> int:
+    """Writes a copy of a `bitstack` checkpoint whose weight files take `size` ("4GiB", or bytes) at most.
+
+    command: for its model card. Returns the bytes of these files. Raises ValueError for a size that is too small, with
+    the least one.
+    """
+    made = f"compress.trim({str(model)!r}, {str(out)!r}, {size!r})" if command is None else command
+    return run_trim(hub.local_directory(model), Path(out), size, overwrite, command=made)
 
 
 def encode(weight: Tensor, scheme: str = "int4", **options: Any) -> Tensors:

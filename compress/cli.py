@@ -307,14 +307,14 @@ def verify(out: Path, against: str | None, as_json: bool) -> None:
     """
     from compress.formats import manifest
 
-    problems = manifest.verify(out)
     lines: list[dict[str, Any]] = []
-    if against is not None and not problems:
-        from compress.against import compare
-        from compress.hub import local_directory
+    if against is None:  # at once: nothing of torch is needed
+        problems = manifest.verify(out)
+    else:
+        from compress.api import verify as run
 
-        lines = [vars(line) for line in compare(out, local_directory(against))]
-        problems += [f"{line['name']}: {line['problem']}" for line in lines if line["problem"]]
+        found = run(out, against)
+        problems, lines = found.problems, [vars(line) for line in found.tensors]
     console.emit({"ok": not problems, "problems": problems, "tensors": lines}, as_json)
     for line in lines:
         same = "equal" if line["equal"] else f"relative error {line['relative_error']:.5f}"
@@ -345,11 +345,10 @@ def export(model: str, form: str, out: Path, overwrite: bool, as_json: bool) -> 
     \b
     compress export OUT --to bf16 -o PLAIN
     """
-    from compress.export import export as run
-    from compress.hub import local_directory
+    from compress.api import export as run
 
     with console.progress() as progress:
-        run(local_directory(model), out, form, overwrite, progress=progress)
+        run(model, out, form, overwrite, progress)
     console.emit({"wrote": str(out), "form": form}, as_json)
     click.echo(f"Wrote {out}", err=True)
 
@@ -366,10 +365,9 @@ def trim(model: str, size: str, out: Path, overwrite: bool, as_json: bool) -> No
     \b
     compress trim OUT --size 4GiB -o SMALL
     """
-    from compress.hub import local_directory
-    from compress.trim import trim as run
+    from compress.api import trim as run
 
-    written = run(local_directory(model), out, size, overwrite, command=shlex.join(["compress", *sys.argv[1:]]))
+    written = run(model, out, size, overwrite, command=shlex.join(["compress", *sys.argv[1:]]))
     console.emit({"wrote": str(out), "bytes": written}, as_json)
     click.echo(f"Wrote {out}, {written} bytes of weights", err=True)
 

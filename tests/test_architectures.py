@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import compress
-from compress.export import export
+from compress.exporting import export
 from compress.formats.checkpoint import Checkpoint
 from compress.hf import model_class
 from compress.kernels.experts import CompressedExperts

@@ -14,7 +14,7 @@ from torch import Tensor
 import compress
 from compress.against import compare
 from compress.bfp import Bfp
-from compress.export import export
+from compress.exporting import export
 from compress.formats import bfp
 from compress.formats.bfp import Format
 from compress.scheme import Spec

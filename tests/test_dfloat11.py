@@ -18,7 +18,7 @@ from torch import Tensor
 import compress
 from compress import dfloat11
 from compress.dfloat11 import Unit
-from compress.export import export
+from compress.exporting import export
 from compress.formats import dfloat11 as streams
 from compress.formats.checkpoint import Checkpoint
 from compress.scheme import Spec

@@ -215,7 +215,7 @@ def test_what_decides_whether_a_model_is_streamed(llama_dir: Path, monkeypatch: 
 @pytest.mark.parametrize("scheme", ["int4", "fp8", "nf4", "df11"])
 def test_a_packed_model_scores_as_its_export(llama_dir: Path, tmp_path: Path, scheme: str) -> None:
     import compress
-    from compress.export import export
+    from compress.exporting import export
 
     options: dict[str, Any] = {"method": "rtn", "group_size": 32} if scheme == "int4" else {}
     compress.quantize(llama_dir, tmp_path / "packed", scheme, scoring=None, **options)

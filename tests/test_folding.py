@@ -114,7 +114,7 @@ def test_scales_of_bitstack_move_into_norms_and_change_nothing(
     from compress.bitstack import Bitstack
     from compress.run import read_report
     from compress.source import Source
-    from compress.trim import trim
+    from compress.trimming import trim
 
     lines, out = quantize(loud, tmp_path / "out", "bitstack", blocks=4), tmp_path / "out"
     made = changes(out)

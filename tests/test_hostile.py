@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import compress
-from compress.export import export
+from compress.exporting import export
 from compress.source import Source
 
 

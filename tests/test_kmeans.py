@@ -12,7 +12,7 @@ from torch import Tensor
 import compress
 from compress import outliers
 from compress.calibrate import Calibration
-from compress.export import export
+from compress.exporting import export
 from compress.formats import bitpack, cluster, datatypes
 from compress.formats.nf4 import LEVELS
 from compress.ganq import Fit

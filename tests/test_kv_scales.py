@@ -15,7 +15,7 @@ import compress
 from compress import kv_scales
 from compress.blocks import Blocks
 from compress.cli import main
-from compress.export import export
+from compress.exporting import export
 from compress.formats.checkpoint import Checkpoint
 from compress.hf import model_class
 from compress.samples import Samples

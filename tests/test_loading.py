@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 import compress
 import compress.hf as hf
 from compress.devices import check_device
-from compress.export import export
+from compress.exporting import export
 from compress.formats.checkpoint import Checkpoint
 from compress.kernels.experts import CompressedExperts
 from compress.kernels.linear import CompressedLinear

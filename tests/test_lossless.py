@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 import compress
 from compress.cli import main
-from compress.export import export
+from compress.exporting import export
 from compress.formats.checkpoint import Checkpoint
 from compress.hf import model_class
 from compress.kernels.linear import CompressedLinear

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import compress
 from compress.against import compare
-from compress.export import export
+from compress.exporting import export
 from compress.mx import Mxfp4, Mxfp8
 from compress.scheme import Scheme, Spec
 from compress.stats import Stats

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import compress
 from compress.bitsandbytes import NAMES, read
-from compress.export import export
+from compress.exporting import export
 from compress.formats.nf4 import LEVELS, dynamic_levels, encode, nest
 from compress.hf import model_class
 from compress.kernels import nf4 as kernels

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import compress
 from compress.against import compare
-from compress.export import export
+from compress.exporting import export
 from compress.formats.float4 import unpack
 from compress.nvfp4 import STEPS, Nvfp4
 from compress.scheme import Spec

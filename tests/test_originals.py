@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import compress
-from compress.export import export
+from compress.exporting import export
 from compress.formats.checkpoint import Checkpoint
 from compress.pipeline import same_bits
 from compress.recipe import Rules

@@ -23,7 +23,7 @@ from compress.formats import manifest
 from compress.formats.checkpoint import Checkpoint
 from compress.layout import Block
 from compress.run import read_report
-from compress.trim import trim
+from compress.trimming import trim
 
 Tiny = Callable[[str], Path]
 Compressed = Callable[..., Path]
