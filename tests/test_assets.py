@@ -24,7 +24,7 @@ MODELS = {
 }
 CASES = [(model, scheme) for model, (_, bounds) in MODELS.items() for scheme in bounds]
 
-LETTERS = 20_000  # of a text that are scored
+LETTERS = 8_000  # of a text that are scored
 
 
 def run(*args: object) -> str:

@@ -4,6 +4,7 @@ One other process, which never imports us, loads every directory and writes some
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from filelock import FileLock
 from packaging.version import Version
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -287,7 +289,11 @@ def quantized(source: Path, out: Path, scheme: str, options: dict[str, Any]) -> 
 
 @pytest.fixture(scope="session")  # a worker may come to this module more than once
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("interchange")
+    """One folder for all workers: writing what is in it takes half a minute."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "interchange"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @contextmanager
@@ -308,6 +314,14 @@ def calibrated() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def elsewhere(base: Path, tiny_model: Callable[[str], Path]) -> dict[str, dict[str, Any]]:
     """name -> logits and state dict, or error, of every directory in a process without us."""
+    with FileLock(base / "lock"):
+        if not (base / "found.pt").exists():
+            _load_elsewhere(base, tiny_model)
+    found = torch.load(base / "found.pt", weights_only=True)
+    return {Path(path).name: result for path, result in found.items()}
+
+
+def _load_elsewhere(base: Path, tiny_model: Callable[[str], Path]) -> None:
     tasks: list[tuple[str, str, dict[str, Any]]] = []
     for name, (model, scheme, options) in {**LAYOUT, **DECODED, **CACHES, **OWN}.items():
         with random_tokens():
@@ -323,8 +337,6 @@ def elsewhere(base: Path, tiny_model: Callable[[str], Path]) -> dict[str, dict[s
     command = [sys.executable, str(base / "client.py"), str(base / "task.json")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=base, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = torch.load(base / "found.pt", weights_only=True)
-    return {Path(path).name: result for path, result in found.items()}
 
 
 @pytest.mark.parametrize("name", LAYOUT)
