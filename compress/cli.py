@@ -17,6 +17,8 @@ from compress.registry import SCHEMES, did_you_mean
 class _Group(click.Group):
     """Suggests the nearest command for an unknown one."""
 
+    command_class = options.Command
+
     def resolve_command(self, context: click.Context, args: list[str]) -> Any:
         if args and args[0] not in self.commands and not args[0].startswith("-"):
             context.fail(f"no command {args[0]!r}{did_you_mean(args[0], self.commands)}")
@@ -39,8 +41,7 @@ def main() -> None:
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, help="Directory to write.")
 @options.scheme
 @options.calibration
-@click.option("--seed", default=0, show_default=True, help="Decides which samples of the calibration text are drawn.")
-@click.option("--eval/--no-eval", "score", default=True, help="Score the result against the original.")
+@options.under("Scoring")("--eval/--no-eval", "score", default=True, help="Score the result against the original.")
 @options.scoring
 @options.gates
 @click.option("--shard-size", default="5GB", show_default=True, help="Largest output file: bytes, 5GB or 5GiB.")
@@ -217,7 +218,6 @@ def evaluate(
 @click.option("--include", multiple=True, metavar="RULE", help="Take these modules only, as in `quantize`.")
 @click.option("--exclude", multiple=True, metavar="RULE", help="Leave these modules as they are.")
 @options.calibration
-@click.option("--seed", default=0, show_default=True, help="Decides which samples of the calibration text are drawn.")
 @options.scoring
 @click.option("--within-kl", type=float, metavar="X", help="Name the smallest within this mean KL divergence, in nats.")
 @click.option("--within-size", metavar="SIZE", help="Name the best within this size: bytes, 4GB or 4GiB.")

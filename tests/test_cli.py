@@ -1,9 +1,9 @@
 """The command line: every command's face, its exit codes, what goes to stdout and what to stderr."""
 
 import json
+import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,14 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-def test_help_comes_without_torch_and_at_once() -> None:
+def test_help_comes_without_torch_which_takes_seconds() -> None:
     code = (
         "import sys; from click.testing import CliRunner; from compress.cli import main\n"
         "assert CliRunner().invoke(main, ['--help']).exit_code == 0\n"
         "print(*[name for name in ('torch', 'transformers', 'numba', 'rich') if name in sys.modules])"
     )
-    before = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
-    assert time.monotonic() - before < 5  # about 0.2 s where nothing else runs
 
 
 @pytest.mark.parametrize("command", sorted(main.commands))
@@ -43,6 +41,17 @@ def test_every_command_has_help_with_its_purpose(command: str) -> None:
         if isinstance(parameter, click.Option):
             assert parameter.help or parameter.type.name == "choice", parameter.name
             assert any(option in result.stdout for option in parameter.opts)
+
+
+def test_options_stand_under_headings_and_each_of_them_once() -> None:
+    text = CliRunner().invoke(main, ["quantize", "--help"]).output
+    headings = ["Options:", "Scheme:", "Calibration:", "Scoring:", "Gates:"]
+    assert [line for line in text.splitlines() if line in headings] == headings
+    for parameter in main.commands["quantize"].params:
+        if isinstance(parameter, click.Option):
+            name = max(parameter.opts, key=len)
+            assert len(re.findall(rf"^  (?:-\w, )?{name}\b(?!-)", text, re.MULTILINE)) == 1, name
+    assert text.index("Calibration:") < text.index("--seed") < text.index("Scoring:")
 
 
 def test_the_version() -> None:
