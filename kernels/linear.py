@@ -44,8 +44,17 @@ class Stored:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def known(self) -> RunningScheme:
+        """Raises RuntimeError where no layer of this scheme was prepared."""
+        if self.scheme not in _SCHEMES:
+            raise RuntimeError(
+                f"{self.scheme}: this was exported by another process; export what `compress export` decodes"
+            )
+        return _SCHEMES[self.scheme]
+
     def decode(self) -> Tensor:
-        return _SCHEMES[self.scheme].decode(dict(zip(self.names, self.tensors, strict=True)))
+        return self.known.decode(dict(zip(self.names, self.tensors, strict=True)))
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """As the layer that has these tensors multiplies uncompiled."""
@@ -53,8 +62,7 @@ class Stored:
         if y is not None:
             return y
         weight = self.decode()
-        is_lossless = _SCHEMES[self.scheme].lossless
-        return F.linear(x, weight.to(x.dtype), bias) if is_lossless else cpu.dense(x, weight, bias)
+        return F.linear(x, weight.to(x.dtype), bias) if self.known.lossless else cpu.dense(x, weight, bias)
 
     @property
     def key(self) -> tuple[Any, ...]:

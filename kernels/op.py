@@ -12,10 +12,12 @@ import json
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
 from compress.kernels.prepared import Prepared
 
@@ -37,6 +39,7 @@ class Layout:
         self.linear_op = operator(f"compress::{name}_linear", self._linear, schema=_LINEAR)
         self.linear_op.register_fake(self._fake_linear)
         self.linear_op.register_autograd(self._backward, setup_context=_keep)
+        self._running: WeakValueDictionary[Any, Any] = WeakValueDictionary()  # weights, by where their parts lie
 
     def __call__(self, *values: Any, **named: Any) -> Packed:
         """The weight of these fields, prepared."""
@@ -50,14 +53,23 @@ class Layout:
             values[name] = next(tensors) if count is None else tuple(next(tensors) for _ in range(count))
         return self.kind(**values)
 
+    def runs(self, weight: Any, parts: Sequence[Tensor], rest: str) -> None:
+        """Operators that are given these parts on a CPU take this weight, with what was made of it."""
+        if all(part.device.type == "cpu" and type(part) in (Tensor, Parameter) for part in parts):
+            self._running[_places(parts, rest)] = weight
+
+    def _known(self, parts: Sequence[Tensor], rest: str) -> Any:
+        weight = self._running.get(_places(parts, rest))
+        return self.build(parts, rest) if weight is None else weight
+
     def _of_decoded(self, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
         return F.linear(x, self.decode(weight).to(x.dtype), bias)
 
     def _decode(self, parts: Sequence[Tensor], rest: str) -> Tensor:
-        return self.decode(self.build(parts, rest))
+        return self.decode(self._known(parts, rest))
 
     def _linear(self, x: Tensor, parts: Sequence[Tensor], rest: str, bias: Tensor | None) -> Tensor:
-        return self.linear(x, self.build(parts, rest), bias)
+        return self.linear(x, self._known(parts, rest), bias)
 
     def _fake_decode(self, parts: Sequence[Tensor], rest: str) -> Tensor:
         weight = self.build(parts, rest)
@@ -83,6 +95,7 @@ class Packed(Prepared):
         self.layout, self.weight = layout, weight
         self.parts: list[Tensor] = []
         self.rest = self._flatten()
+        layout.runs(weight, self.parts, self.rest)
 
     def _flatten(self) -> str:
         tensors: dict[str, int | None] = {}
@@ -110,6 +123,10 @@ class Packed(Prepared):
             y: Tensor = self.layout.linear_op(x, self.parts, self.rest, bias)
             return y
         return self.layout.linear(x, self.weight, bias)
+
+
+def _places(parts: Sequence[Tensor], rest: str) -> tuple[Any, ...]:
+    return (rest, *((part.data_ptr(), part.shape, part.stride(), part.dtype) for part in parts))
 
 
 @cache

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from compress.formats.bfp import Format
-from compress.kernels import bfp, groups, lookup
+from compress.kernels import bfp, cpu_signs, groups, lookup
 from compress.kernels.linear import CompressedLinear
 from compress.kernels.op import Layout, Packed
 from compress.registry import SCHEMES, make
@@ -65,6 +65,20 @@ def test_a_compiled_layer_multiplies_on_the_cpu_with_what_is_stored(name: str, m
                 patch.setattr(type(layer.scheme), "decode", lambda *_: decoded.append(1))
                 assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), want)
     assert not decoded
+
+
+def test_what_was_made_of_a_weight_is_found_by_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its signs, which take longer than a product, and whatever lies at the same place later."""
+    monkeypatch.setenv("COMPRESS_CPU_PATH", "fused")
+    scheme, x = make("bitstack", {"blocks": 2, "scaling": "none"}), gaussian(1, 512)
+    made: list[Any] = []
+    monkeypatch.setattr(cpu_signs, "prepared", lambda *given, real=cpu_signs.prepared: made.append(1) or real(*given))
+    with torch.no_grad():
+        layer = linear(scheme, 64, 512)
+        want, compiled = layer(x), torch.compile(layer, fullgraph=True, backend="aot_eager")
+        assert all(torch.equal(compiled(x), want) for _ in range(3)) and len(made) == 1
+        layer.plane_0.bitwise_not_()  # as stored, all signs are turned; what was made of them sees them where they lie
+        assert torch.equal(compiled(x), layer(x)) and torch.equal(layer(x), -want)
 
 
 def test_compiled_layers_find_their_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
