@@ -121,7 +121,7 @@ class Bitstack(Scheme):
     def prepare(self, tensors: Tensors) -> Packed:
         blocks = _blocks(tensors)
         steps = [tensors[f"steps_{block}"] for block in range(blocks)]
-        planes = tuple(tensors[f"plane_{block}"] for block in range(blocks))
+        planes = tuple(tensors[f"plane_{block}"].contiguous() for block in range(blocks))
         return kernels.pack(Planes(planes, tensors["u"], tensors["v"], kernels.expand(steps), tensors["like"].dtype))
 
     def prepared_bytes(self, specs: Mapping[str, Spec], device: str) -> int:

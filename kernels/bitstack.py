@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compress.formats.compiled import empty, float_bits, jit
 from compress.formats.threads import in_threads
-from compress.kernels import cpu, cpu_planes, cpu_signs, prepared, simd
+from compress.kernels import cpu, cpu_planes, cpu_sign_products, cpu_signs, prepared, simd
 from compress.kernels.cpu import Product
 from compress.kernels.op import Layout, Packed
 
@@ -30,8 +30,8 @@ ROWS_AT_ONCE = 1 << 20  # weights that `linear` decodes at a time without Triton
 class Planes:
     """A weight of shape (m, n), or some rows of it.
 
-    planes: each (m, ceil(n / 8)) uint8. u: (m, k), v: (k, n) bfloat16. levels: (2**(planes - 1),) float32. addresses:
-    (planes,) int64, where the planes lie, or None.
+    planes: each (m, ceil(n / 8)) uint8, contiguous. u: (m, k), v: (k, n) bfloat16. levels: (2**(planes - 1),) float32.
+    addresses: (planes,) int64, where the planes lie, or None.
     """
 
     planes: tuple[Tensor, ...]
@@ -58,8 +58,8 @@ class Planes:
 
         def run(x: Tensor, dtype: torch.dtype) -> Tensor:
             columns, wide = self.shape[1], x.detach().float()
-            if cpu_signs.takes(len(self.planes), len(x)) and self.signs:
-                y = cpu_signs.product(self.signs, wide.contiguous().numpy())
+            if cpu_sign_products.takes(len(self.planes), len(x)) and self.signs:
+                y = cpu_sign_products.product(self.signs, wide.contiguous().numpy())
                 if y is not None:
                     return torch.from_numpy(y)
             padded = F.pad(wide, (0, -columns % 128)).contiguous()
@@ -72,7 +72,7 @@ class Planes:
         """What a few tokens are looked up with on the CPU; None where that does not do."""
         if not cpu_signs.can_run(len(self.planes), self.shape[1]):
             return None
-        planes = tuple(plane.contiguous().numpy() for plane in self.planes)
+        planes = tuple(plane.numpy() for plane in self.planes)
         return cpu_signs.prepared(planes, _words(self.u), _words(self.v), self.levels.numpy(), FLOOR)
 
     def rows(self, index: Tensor | slice) -> Planes:

@@ -1,4 +1,4 @@
-"""The machine code of `cpu_signs`: tables of sums, bits of rows side by side, and what they look up added together."""
+"""The machine code of `cpu_sign_products`: tables of sums, bits of rows side by side, and sums of what they look up."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from compress.kernels.simd import constant, f32, i8, i16, i32, integer, join, lo
 TILE = 512  # columns whose tables have a scale together
 GROUPS = TILE // 4  # tables of 16 sums
 VECTORS = 2  # of rows, which share tables in registers
-FIRST, OTHERS = 64, 32  # what makes sums positive, as digits of the first factor and of others: 2 and 4 fit into a byte
+OFFSET = 64  # makes digits positive, which are below; two of them are added up in a byte
+TOGETHER = 256 // (2 * OFFSET)
 DIGIT = 128  # what the first factor's higher digit is worth in units of the lower one
 
 
@@ -59,11 +60,11 @@ def fill_table(context, values, table, is_first):  # type: ignore[no-untyped-def
 
             with builder.if_else(is_first) as (first, others):
                 with first:
-                    digits = rounded(FIRST * (DIGIT + 1))
+                    digits = rounded(OFFSET * (DIGIT + 1))
                     put(builder.lshr(digits, constant(wide, DIGIT.bit_length() - 1)), start)
                     put(builder.and_(digits, constant(wide, DIGIT - 1)), builder.add(start, integer(16 * GROUPS)))
                 with others:
-                    put(rounded(OTHERS), start)
+                    put(rounded(OFFSET), start)
         return context.get_dummy_value()
 
     return numba.void(values, table, is_first), generate
@@ -144,11 +145,10 @@ def add_looked_up(context, arrays, found, count, form):  # type: ignore[no-untyp
         patterns, end = integer(1 << (chosen.planes - 1)), builder.sub(count, integer(1))
         with cgutils.for_range_slice(builder, integer(0), patterns, integer(1), inc=True) as (pattern, _):
             rows = _Rows(builder, chosen, pointers, found, pattern)
-            rows.add(integer(0), 2, FIRST)
-            with cgutils.for_range_slice(builder, integer(2), end, integer(2), inc=True) as (table, _):
-                rows.add(table, 2, OTHERS)
+            with cgutils.for_range_slice(builder, integer(0), end, integer(2), inc=True) as (table, _):
+                rows.add(table, 2)
             with builder.if_then(builder.trunc(count, ir.IntType(1))):
-                rows.add(end, 1, OTHERS)
+                rows.add(end, 1)
         return context.get_dummy_value()
 
     return numba.void(arrays, found, count, form), generate
@@ -162,17 +162,16 @@ class _Rows:
         self.tables, self.scales, self.coefficients, self.index = pointers
         self.bytes, self.words = vector(i8, form.width), vector(i16, form.width // 2)
 
-    def add(self, first: Any, count: int, offset: int) -> None:
+    def add(self, first: Any, count: int) -> None:
         """Of `count` tables from `first` on."""
         builder, form = self.builder, self.form
-        together = 128 // offset
         sums = [[self._zeros() for _ in range(VECTORS)] for _ in range(count)]
         tables = [builder.mul(builder.add(first, integer(t)), integer(16 * GROUPS)) for t in range(count)]
-        with cgutils.for_range_slice(builder, integer(0), integer(GROUPS), integer(together), inc=True) as (group, _):
+        with cgutils.for_range_slice(builder, integer(0), integer(GROUPS), integer(TOGETHER), inc=True) as (group, _):
             index = builder.add(builder.mul(self.pattern, integer(GROUPS)), group)
             index = builder.mul(index, integer(form.rows))
             places = [builder.add(table, builder.mul(group, integer(16))) for table in tables]
-            for found, pair in zip(self._looked_up(index, places, together), sum(sums, []), strict=True):
+            for found, pair in zip(self._looked_up(index, places), sum(sums, []), strict=True):
                 both = builder.bitcast(found, self.words)
                 for place, value in zip(pair, (both, builder.lshr(both, constant(self.words, 8))), strict=True):
                     builder.store(builder.add(builder.load(place), value), place)
@@ -184,7 +183,7 @@ class _Rows:
                 for half, words in enumerate((even, odd)):
                     at = builder.mul(builder.add(first, integer(t)), integer(form.rows))
                     at = builder.add(at, integer((2 * number + half) * form.width // 2))
-                    self._put(builder.sub(words, constant(self.words, offset * GROUPS)), scale, at)
+                    self._put(builder.sub(words, constant(self.words, OFFSET * GROUPS)), scale, at)
 
     def _zeros(self) -> list[Any]:
         """Where the sums of the words of a vector are kept, and those of their higher bytes alone."""
@@ -193,10 +192,10 @@ class _Rows:
             self.builder.store(constant(self.words, 0), place)
         return places
 
-    def _looked_up(self, index: Any, places: list[Any], together: int) -> list[Any]:
-        """Sums, in bytes, of what as many groups give: for every table, and vector of rows."""
+    def _looked_up(self, index: Any, places: list[Any]) -> list[Any]:
+        """Sums, in bytes, of what TOGETHER groups give: for every table, and vector of rows."""
         builder, form, found = self.builder, self.form, []
-        for group in range(together):
+        for group in range(TOGETHER):
             at = [builder.add(index, integer((VECTORS * group + v) * form.width)) for v in range(VECTORS)]
             bits = [load(builder, self.index, self.bytes, place) for place in at]
             for place in places:

@@ -291,6 +291,13 @@ def test_linear_in_parts_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.allclose(linear(x), torch.nn.functional.linear(x, linear.weight, linear.bias), atol=1e-5)
 
 
+def test_tensors_may_lie_in_memory_in_any_order() -> None:
+    tensors = compress.encode(gaussian(24, 300), "bitstack", blocks=3, scaling="none")
+    turned = {name: t.mT.contiguous().mT if t.dim() == 2 else t for name, t in tensors.items()}
+    found, wanted = (compress.decode(some, "bitstack", blocks=3, scaling="none") for some in (turned, tensors))
+    assert torch.equal(found, wanted)
+
+
 def test_any_number_of_blocks_is_whole_but_none_may_be_missing_between() -> None:
     scheme, tensors = Bitstack(), Bitstack().encode(gaussian(8, 32))
     specs = {local: Spec.of(local, tensor) for local, tensor in tensors.items()}

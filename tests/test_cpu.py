@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import compress
 from compress.formats import threads
 from compress.formats.compiled import jit
-from compress.kernels import cpu, cpu_codes, cpu_few, cpu_signs, measured, simd
+from compress.kernels import cpu, cpu_codes, cpu_few, cpu_sign_products, measured, simd
 from compress.kernels.cpu import Prepared
 from compress.registry import make
 from compress.scheme import Scheme, Tensors
@@ -84,7 +84,7 @@ def test_a_product_is_that_of_the_decoded_weight(case: tuple[str, dict[str, Any]
 @pytest.mark.parametrize("columns", [64, 131, 136, 250])
 def test_planes_of_any_width_are_summed_up_once(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last vector of columns overlaps with the one before it."""
-    monkeypatch.setattr(cpu_signs, "MOST_SUMS", 0)  # tests/test_signs.py has what is looked up
+    monkeypatch.setattr(cpu_sign_products, "MOST_SUMS", 0)  # tests/test_signs.py has what is looked up
     for rows, blocks in ((1, 1), (7, 2), (9, 5)):
         options = {"blocks": blocks, "rank": "3", "scaling": "none"}
         scheme, tensors = stored("bitstack", (rows, columns), torch.float32, **options)
