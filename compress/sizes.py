@@ -8,7 +8,7 @@ import re
 def parse(size: int | str) -> int:
     """Bytes: an integer, or text such as "3.2GiB" (2**30) or "3.2GB" (10**9)."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B|B)?\s*", str(size), re.IGNORECASE)
-    if not match or not float(match[1]):
+    if not match or not 0 < float(match[1]) < 1e30:
         raise ValueError(f"size {size!r} is not understood; write bytes, or for example 3.2GiB or 3.2GB")
     number, unit, binary = match.groups()
     power = "KMGT".index(unit.upper()) + 1 if unit else 0

@@ -146,7 +146,8 @@ class _Copy:
         before = read_report(self.model)
         lines = [self._line(line, records) for line in before.tensors]
         changed = {**summarize(lines), "tensors": lines, "evaluation": None}
-        note = f"trimmed to {sizes.show(self.room)} from a copy of {sizes.show(before.bytes)}; not scored again"
+        whole = sum(file.stat().st_size for file in self.model.glob("*.safetensors"))
+        note = f"trimmed to files of {sizes.show(self.room)} from {sizes.show(whole)}; not scored again"
         return replace(before, **changed, notes=[*before.notes, note])
 
     def _line(self, line: dict[str, Any], records: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -57,9 +57,11 @@ def describe_files(directory: Path, shards: dict[str, str]) -> dict[str, dict[st
 
 def verify(directory: Path) -> list[str]:
     """What is wrong with the directory, one line each; empty when every byte is as it was written."""
+    if not directory.is_dir():
+        raise ValueError(f"{directory} does not exist, or is no directory")
     try:
         manifest = unseal(directory / NAME)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         raise ValueError(f"{directory}: no {NAME} there, so there is nothing to check it against") from None
     except ValueError as error:
         return [str(error)]

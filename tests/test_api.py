@@ -36,6 +36,8 @@ def test_a_directory_is_verified(llama_dir: Path, tmp_path: Path) -> None:
     assert not compress.verify(tmp_path / "out").ok
     with pytest.raises(ValueError, match=r"no compress\.json there"):
         compress.verify(llama_dir)
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        compress.verify(tmp_path / "nowhere")
 
 
 def test_a_plain_copy_is_exported(llama_dir: Path, tmp_path: Path) -> None:

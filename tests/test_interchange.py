@@ -5,6 +5,7 @@ One other process, which never imports us, loads every directory and writes some
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -316,6 +317,8 @@ def elsewhere(base: Path, tiny_model: Callable[[str], Path]) -> dict[str, dict[s
     """name -> logits and state dict, or error, of every directory in a process without us."""
     with FileLock(base / "lock"):
         if not (base / "found.pt").exists():
+            for left in filter(Path.is_dir, base.iterdir()):  # of a worker that failed
+                shutil.rmtree(left)
             _load_elsewhere(base, tiny_model)
     found = torch.load(base / "found.pt", weights_only=True)
     return {Path(path).name: result for path, result in found.items()}
@@ -332,11 +335,12 @@ def _load_elsewhere(base: Path, tiny_model: Callable[[str], Path]) -> None:
         how = {"dequantize": True} if name == "asymmetric" else {}
         tasks.append((str(base / f"their-{name}"), "LlamaForCausalLM", how))
     write = {str(base / f"their-{name}"): (str(tiny_model(model)), how) for name, (model, how) in THEIRS.items()}
-    (base / "task.json").write_text(json.dumps({"load": tasks, "write": write, "out": str(base / "found.pt")}))
+    (base / "task.json").write_text(json.dumps({"load": tasks, "write": write, "out": str(base / "found.tmp")}))
     (base / "client.py").write_text(CLIENT)
     command = [sys.executable, str(base / "client.py"), str(base / "task.json")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=base, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
+    (base / "found.tmp").rename(base / "found.pt")
 
 
 @pytest.mark.parametrize("name", LAYOUT)

@@ -136,10 +136,12 @@ def test_all_that_is_wrong_is_told_at_once(copy: Path) -> None:
 
 
 def test_a_directory_without_a_manifest_cannot_be_verified(llama_dir: Path, tmp_path: Path) -> None:
-    for place in (llama_dir, tmp_path / "nothing", llama_dir / "config.json"):
+    none = "does not exist, or is no directory"
+    places = {llama_dir: "no compress.json there", tmp_path / "nothing": none, llama_dir / "config.json": none}
+    for place, message in places.items():
         result = verify(place)
         assert result.exit_code == 2
-        assert result.stderr.count("\n") == 1 and "no compress.json there" in result.stderr
+        assert result.stderr.count("\n") == 1 and message in result.stderr
     (tmp_path / "compress.json").write_text("[]")
     assert_named(tmp_path, "compress.json: not as it was written")
 
