@@ -3,23 +3,30 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TYPED := build/typed
+PYTEST := $(BIN)/pytest -q -n auto --maxprocesses 8 --dist worksteal
 # torch's idle threads sleep instead of spinning: five times as fast where other work shares two cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint style types format clean
 
 demo: .venv/stamp .venv/kernels
 	@$(BIN)/python benchmarks/demo.py $(if $(MODEL),"$(MODEL)")
 
-# A worker takes about a GiB, and a thread.
-test: lint
-	$(BIN)/pytest -q -n auto --maxprocesses 8 --dist worksteal
+# A worker takes about a GiB, and a thread. mypy, which takes a minute of one core, runs beside the first tests.
+test: style .venv/kernels
+	@$(MAKE) --no-print-directory types >.venv/types.log 2>&1 & types=$$!; \
+	echo "$(PYTEST)"; $(PYTEST); tests=$$?; \
+	wait $$types; types=$$?; cat .venv/types.log; exit $$((tests + types))
+
+lint: style types
+
+style: .venv/stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 # mypy reads an installed wheel, because it cannot follow the mapped folders of an editable install. The old build/ goes
 # first: setuptools would pack the deleted modules that it still finds there.
-lint: .venv/stamp .venv/kernels
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+types: .venv/stamp
 	@rm -rf build
 	@$(PIP) wheel -qq --no-deps --no-build-isolation -w build .
 	@$(PIP) install -qq --no-deps --no-compile --target $(TYPED) build/*.whl
@@ -37,10 +44,11 @@ format: .venv/stamp
 clean:
 	rm -rf .venv .demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# torch comes first, at the constrained version, so that no other requirement chooses its version.
+# torch comes first, at the constrained version, so that no other requirement chooses its version. Python compiles what it
+# imports: to compile everything takes longer than installing it.
 .venv/stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("compress needs Python 3.10 or newer, and $(PYTHON) is %d.%d: run make PYTHON=/path/to/python3" % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
-	$(PIP) install -qq -c constraints.txt torch
-	$(PIP) install -qq -c constraints.txt -e '.[dev]'
+	$(PIP) install -qq --no-compile -c constraints.txt torch
+	$(PIP) install -qq --no-compile -c constraints.txt -e '.[dev]'
 	@touch $@

@@ -21,16 +21,7 @@ import numpy as np
 from compress.formats.compiled import jit, lines
 from compress.formats.threads import in_threads
 from compress.kernels import simd
-from compress.kernels.cpu_sign_rows import (
-    DIGIT,
-    GROUPS,
-    OFFSET,
-    TILE,
-    Form,
-    add_looked_up,
-    fill_table,
-    transpose,
-)
+from compress.kernels.cpu_sign_rows import DIGIT, GROUPS, OFFSET, TILE, Form, add_looked_up, fill_table, transpose
 from compress.kernels.cpu_signs import Signs, bfloat
 
 MOST_SUMS = 8  # of signs and tokens, that take less time than adding up the scale of every weight

@@ -2,16 +2,16 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import compress
+from compress.cli import main
 from compress.exporting import export
 from compress.source import Source
 
@@ -31,10 +31,8 @@ def test_code_that_comes_with_a_checkpoint_does_not_run(tiny_model: Callable[[st
     (model / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     edit_config(model, model_type="evil", auto_map={"AutoConfig": "evil.EvilConfig"})
     for command in (["plan", str(model)], ["eval", str(model), "--tasks", ""]):
-        done = subprocess.run(
-            [sys.executable, "-m", "compress.cli", *command], input="y\n" * 9, capture_output=True, text=True
-        )
-        assert done.returncode == 2 and "Traceback" not in done.stderr
+        done = CliRunner().invoke(main, command, input="y\n" * 9)
+        assert done.exit_code == 2 and "Traceback" not in done.stderr
     assert not (tmp_path / "ran").exists()
 
 
