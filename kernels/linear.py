@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import is_not
 from typing import Any, ClassVar, Protocol
-from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +42,7 @@ class Stored:
     scheme: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    running: ClassVar[Any] = None  # what its layer on a CPU multiplies with: operators are not given it
 
     @property
     def known(self) -> RunningScheme:
@@ -58,19 +58,14 @@ class Stored:
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """As the layer that has these tensors multiplies uncompiled."""
-        y = cpu.multiply(x, _RUNNING.get(self.key), bias, self.decode)
+        y = cpu.multiply(x, self.running, bias, self.decode)
         if y is not None:
             return y
         weight = self.decode()
         return F.linear(x, weight.to(x.dtype), bias) if self.known.lossless else cpu.dense(x, weight, bias)
 
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return (self.scheme, *((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in self.tensors))
-
 
 _SCHEMES: dict[str, RunningScheme] = {}
-_RUNNING: WeakValueDictionary[Any, cpu.Prepared] = WeakValueDictionary()  # by scheme, and where its tensors lie
 STORED = Layout("stored", Stored, Stored.decode, lambda x, weight, bias: weight.linear(x, bias))
 
 
@@ -125,10 +120,10 @@ class CompressedModule(nn.Module):
         name, dtype = repr(self.scheme), self.scheme.dtype_of(found)
         _SCHEMES[name] = self.scheme
         weight = Stored(tuple(found.values()), tuple(found), name, tuple(self.shape), dtype)
+        if isinstance(found, cpu.Prepared):
+            object.__setattr__(weight, "running", found)
         packed = Packed(STORED, weight)
         packed.input_scale = found.get("input_scale")
-        if isinstance(found, cpu.Prepared):
-            _RUNNING[weight.key] = found
         return packed
 
     def __getstate__(self) -> dict[str, Any]:
