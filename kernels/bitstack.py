@@ -225,26 +225,14 @@ def _bits(plane: Tensor, count: int) -> Tensor:
 
 
 @jit
-def _scale_row(out, u, v, floor):  # type: ignore[no-untyped-def]
-    """u: (k,) of one row. The sums of `scale`, in its order."""
-    for i in range(out.shape[0]):
-        out[i] = u[0] * v[0, i]
-    first = out * floor
-    for k in range(1, u.shape[0]):
-        factor, row = u[k], v[k]
-        for i in range(out.shape[0]):
-            out[i] += factor * row[i]
-    for i in range(out.shape[0]):
-        out[i] = max(out[i], first[i])
-
-
-@jit
 def _encode_rows(start, stop, planes, words, shift, u, v, steps, ignored, floor):  # type: ignore[no-untyped-def]
     columns = v.shape[1]
-    scales = np.empty(columns, np.float32)
+    scales, least = np.empty(columns, np.float32), np.empty(columns, np.float32)
     floor = np.float32(floor)
     for row in range(start, stop):
-        _scale_row(scales, u[row], v, floor)
+        cpu_signs.scale_row(u[row], v, floor, scales, least)
+        for i in range(columns):
+            scales[i] = max(scales[i], least[i])
         bits = words[row].astype(np.uint32) << np.uint32(shift)
         magnitudes = (bits & np.uint32(0x7FFFFFFF)).view(np.float32)
         for i in range(columns):

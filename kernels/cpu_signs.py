@@ -57,14 +57,15 @@ def prepared(planes: tuple[Any, ...], u: Any, v: Any, levels: Any, floor: float)
     levels: (2**(planes - 1),) float32. floor: of the first factors' product. The others as `Signs` has them.
     """
     height, size, most = len(u), len(u) * v.shape[1], len(u) * v.shape[1] // EVERY
+    factors = _floats(u), _floats(v), np.float32(floor)
     counts, squares = np.zeros(height + 1, np.int64), np.zeros(height)
-    in_threads(_count, height, size, u, v, np.float32(floor), counts[1:], squares)
+    in_threads(_count, height, size, *factors, counts[1:], squares)
     starts = np.cumsum(counts)
-    lost, limit = _rounding(u, v), ROUNDED[len(planes) - 1] ** 2
+    lost, limit = _rounding(*factors[:2]), ROUNDED[len(planes) - 1] ** 2
     if starts[-1] > 4 * most or lost.sum() > limit * squares.sum() or np.any(lost > 4 * limit * squares):
         return None
     columns, found = np.empty(starts[-1], np.uint16), np.empty(starts[-1], np.float32)
-    in_threads(_differences, height, size, planes, u, v, levels, np.float32(floor), starts, columns, found)
+    in_threads(_differences, height, size, planes, *factors, levels, starts, columns, found)
     kept = np.sort(np.argsort(-np.abs(found), kind="stable")[:most])
     left = np.square(found, dtype=np.float64).sum() - np.square(found[kept], dtype=np.float64).sum()
     if left > LEFT**2 * squares.sum() * np.square(levels, dtype=np.float64).mean():
@@ -74,15 +75,20 @@ def prepared(planes: tuple[Any, ...], u: Any, v: Any, levels: Any, floor: float)
     return Signs(planes, u, v, _coefficients(levels), starts, columns[kept], words)
 
 
+def _floats(words: Any) -> Any:
+    """The float32 of the bits of bfloat16, all of them."""
+    return (words.astype(np.uint32) << 16).view(np.float32)
+
+
 def _rounding(u: Any, v: Any) -> Any:
     """The mean square of what tables lose by rounding, for Gaussian inputs: (rows,) float64, as sums of squared scales
     are; levels multiply both alike."""
-    wide = np.abs((np.pad(v, ((0, 0), (0, -v.shape[1] % TILE))).astype(np.uint32) << 16).view(np.float32))
-    largest = wide.reshape(len(v), -1, GROUPS, 4).sum(-1).max(-1).astype(np.float64)
+    fours = np.abs(np.pad(v, ((0, 0), (0, -v.shape[1] % TILE)))).reshape(len(v), -1, GROUPS, 4)
+    largest = fours.sum(-1).max(-1).astype(np.float64)
     limits = np.full(len(v), OFFSET - 1)
     limits[0] = (OFFSET - 1) * (DIGIT + 1)
     lost = GROUPS / 12 * np.square(LARGEST * largest / limits[:, None]).sum(1)  # a step is evenly distributed
-    return np.square((u.astype(np.uint32) << 16).view(np.float32), dtype=np.float64) @ lost
+    return np.square(u, dtype=np.float64) @ lost
 
 
 def _coefficients(levels: Any) -> Any:
@@ -99,23 +105,22 @@ def bfloat(word):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _row(u, v, sums, least, floor):  # type: ignore[no-untyped-def]
-    """The factors' sums for a row, in their order, and where the floor is. u: (k,)."""
-    first = bfloat(u[0])
+def scale_row(u, v, floor, sums, least):  # type: ignore[no-untyped-def]
+    """The factors' sums for a row, in their order, and the least that each counts as. u: (k,), v: (k, columns)."""
     for i in range(sums.shape[0]):
-        sums[i] = first * bfloat(v[0, i])
+        sums[i] = u[0] * v[0, i]
         least[i] = sums[i] * floor
     for k in range(1, u.shape[0]):
-        factor = bfloat(u[k])
+        factor, row = u[k], v[k]
         for i in range(sums.shape[0]):
-            sums[i] += factor * bfloat(v[k, i])
+            sums[i] += factor * row[i]
 
 
 @jit
 def _count(start, stop, u, v, floor, counts, squares):  # type: ignore[no-untyped-def]
     sums, least = np.empty(v.shape[1], np.float32), np.empty(v.shape[1], np.float32)
     for row in range(start, stop):
-        _row(u[row], v, sums, least, floor)
+        scale_row(u[row], v, floor, sums, least)
         count, square = 0, np.float64(0)
         for i in range(sums.shape[0]):
             count += sums[i] < least[i]
@@ -124,13 +129,13 @@ def _count(start, stop, u, v, floor, counts, squares):  # type: ignore[no-untype
 
 
 @jit
-def _differences(start, stop, planes, u, v, levels, floor, starts, columns, found):  # type: ignore[no-untyped-def]
+def _differences(start, stop, planes, u, v, floor, levels, starts, columns, found):  # type: ignore[no-untyped-def]
     sums, least = np.empty(v.shape[1], np.float32), np.empty(v.shape[1], np.float32)
     for row in range(start, stop):
         at = starts[row]
         if at == starts[row + 1]:
             continue
-        _row(u[row], v, sums, least, floor)
+        scale_row(u[row], v, floor, sums, least)
         for i in range(sums.shape[0]):
             if sums[i] < least[i]:
                 code, shift = 0, np.uint8(i & 7)

@@ -58,7 +58,7 @@ def test_products_are_those_of_the_decoded_weight(planes: int, monkeypatch: pyte
 
 
 def test_signs_and_levels_by_hand() -> None:
-    """Four columns of scale 1 with every sign and every level: x times a power of two is rounded to nothing."""
+    """Four columns with every sign and every level."""
     negative = torch.tensor([[0, 0, 0, 0], [1, 0, 1, 0], [0, 1, 1, 1]])
     high, low = torch.tensor([[0, 0, 1, 1]] * 3), torch.tensor([[0, 1, 0, 1]] * 3)
     columns = [F.pad(bits, (0, 60)) for bits in (negative, high, low)]
