@@ -128,6 +128,10 @@ def candidate(scheme: Scheme, weight: torch.Tensor, device: str) -> tuple[Iterat
     fitted = scheme.fit((weight.shape[0], weight.shape[1])).for_dtype(weight.dtype)
     tensors = fitted.encode(weight)
     held = [fitted.prepare(copy) for copy in copies(tensors, device)]
+    token = torch.ones(1, weight.shape[1], dtype=weight.dtype, device=device)
+    with torch.inference_mode():
+        for prepared in held:  # what a weight is multiplied with may be made by the first product
+            fitted.linear(token, prepared)
     size = sum(tensor.nbytes for tensor in tensors.values())
     return cycle([lambda x, t=t: fitted.linear(x, t) for t in held]), 8 * size / weight.numel()
 
