@@ -129,13 +129,9 @@ class Bfp(Scheme):
         mantissas, exponents, bits = tensors["mantissa"], tensors["exponent"], self.mantissa_bits
         return cpu.integers(mantissas, exponents, None, bits, self.block_size, tensors["like"].shape[2], bits - 2)
 
-    def rows(self, tensors: Any, index: Tensor) -> Tensor:
-        if isinstance(tensors, Prepared):
-            return super().rows(tensors, index)
-        flat = index.flatten()
-        chosen = {name: tensors[name][flat] for name in ("mantissa", "exponent")}
-        found = self.decode({**chosen, "like": tensors["like"]})
-        return found.view(*index.shape, found.shape[1])
+    @property
+    def row_tensors(self) -> frozenset[str]:
+        return frozenset(["mantissa", "exponent"])
 
     @property
     def _element(self) -> Element:

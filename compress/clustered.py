@@ -95,10 +95,16 @@ class Clustered(Scheme):
         if isinstance(tensors, Prepared):
             return tensors.decode()
         like: Tensor = tensors["like"]
-        shape = (like.shape[1], like.shape[2])
+        shape = (tensors["indices"].shape[-2], like.shape[2])
         levels, rows, columns = self.levels(tensors, *shape)
         decoded = lookup.decode(tensors["indices"], codebooks.cast(levels, like.dtype), shape, rows, columns)
         return outliers.put(decoded, tensors) if "outlier_start" in tensors else decoded
+
+    @property
+    def row_tensors(self) -> frozenset[str]:
+        if self.nested or self.outliers or self.entries != "float" or self.granularity == "group":
+            return frozenset()
+        return frozenset(["indices", "scale", "selector", *(["codebook"] if self.granularity == "channel" else [])])
 
     def prepare(self, tensors: Tensors) -> Any:
         if "outlier_start" in tensors:  # no kernel adds them

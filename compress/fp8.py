@@ -86,6 +86,11 @@ class Fp8(Scheme):
         scales, block = self._blocks(tensors)
         return decode.e4m3(tensors["weight"], scales, block)
 
+    @property
+    def row_tensors(self) -> frozenset[str]:
+        names = {"channel": ["weight", "weight_scale"], "tensor": ["weight"], "block": []}
+        return frozenset(names[self.granularity])
+
     def product(self, tensors: Tensors) -> Product | None:
         return cpu.e4m3(tensors["weight"], *self._blocks(tensors))
 

@@ -141,6 +141,18 @@ class Int4(Scheme):
         found = decode.groups(*stored, None if zeros is None else zeros[flat], self.bits, self.group_size)
         return found.view(*index.shape, found.shape[1])
 
+    @property
+    def row_tensors(self) -> frozenset[str]:
+        return frozenset(["weight_packed", "weight_scale"])
+
+    def part(self, tensors: Tensors, rows: slice | Tensor) -> Tensors:
+        found = super().part(tensors, rows)
+        if not self.symmetric:
+            assert isinstance(rows, slice)  # zeros are packed along the rows: 32 of them fill whole words
+            words = slice(rows.start * self.bits // 32, -(-rows.stop * self.bits // 32))
+            found["weight_zero_point"] = tensors["weight_zero_point"][words]
+        return found
+
     def prepare(self, tensors: Tensors) -> Any:
         packed, scales = tensors["weight_packed"], tensors["weight_scale"]
         shape, zeros = (len(scales), scales.shape[1] * self.group_size), self._zeros(tensors)

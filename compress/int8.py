@@ -96,6 +96,10 @@ class Int8(Int4):
         decoded: Tensor = weight.to(scales.dtype) * scales
         return decoded
 
+    @property
+    def row_tensors(self) -> frozenset[str]:
+        return frozenset(["weight", "weight_scale"]) if self._quantizes else super().row_tensors
+
     def prepare(self, tensors: Tensors) -> Any:
         if not self._quantizes:
             return super().prepare(tensors)

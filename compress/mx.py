@@ -97,14 +97,18 @@ class Mxfp4(_Mx):
         """tensors: as stored, or as `prepare` returns them."""
         if isinstance(tensors, Prepared):
             return tensors.decode()
-        scales = _scales(tensors["weight_scale"])
-        return decode.e2m1(tensors["weight_packed"], scales, self.block, self.torch_dtype)
+        scales = tensors["weight_scale"]
+        return decode.e2m1(tensors["weight_packed"], scales, E8M0.to(scales.device), self.block, self.torch_dtype)
 
     def prepare(self, tensors: Tensors) -> Any:
         packed, scales = tensors["weight_packed"], tensors["weight_scale"]
         shape, block = (packed.shape[0], 2 * packed.shape[1]), (1, self.block)
         found = groups.on_gpu(packed, scales, shape, self.torch_dtype, 4, block, form="e2m1")
         return found or super().prepare(tensors)
+
+    @property
+    def row_tensors(self) -> frozenset[str]:
+        return frozenset(["weight_packed", "weight_scale"])
 
     def product(self, tensors: Tensors) -> Product | None:
         packed, exponents = tensors["weight_packed"], tensors["weight_scale"]
@@ -151,6 +155,10 @@ class Mxfp8(_Mx):
         shape, block = (weight.shape[0], weight.shape[1]), (1, self.block)
         found = groups.on_gpu(weight, scales, shape, self.torch_dtype, 8, block, form="e4m3")
         return found or super().prepare(tensors)
+
+    @property
+    def row_tensors(self) -> frozenset[str]:
+        return frozenset(["weight", "weight_scale"])
 
     def product(self, tensors: Tensors) -> Product | None:
         return cpu.e4m3(tensors["weight"], tensors["weight_scale"], (1, self.block))

@@ -64,7 +64,7 @@ class Nvfp4(Microscaling):
         limit = torch.finfo(self.torch_dtype).max
         maxima = float8.absmax(weight, 1, self.block).clamp(max=limit)
         divisor = 2.0 ** _global_exponent(maxima)
-        scales = _E4M3 / divisor
+        scales = float8.E4M3[: LARGEST + 1] / divisor  # positive, ascending
         top = int((scales * E2M1_MAX <= limit).sum()) - 1  # the largest scale whose 6 the dtype can hold
         codes = float8.to_e4m3(maxima / E2M1_MAX * divisor, torch.tensor(1.0)).view(torch.uint8).clamp(1, top)
         codes[maxima == 0] = ONE
@@ -88,8 +88,13 @@ class Nvfp4(Microscaling):
         """tensors: as stored, or as `prepare` returns them."""
         if isinstance(tensors, Prepared):
             return tensors.decode()
-        scales = tensors["weight_scale"].float() / tensors["weight_global_scale"]
-        return decode.e2m1(tensors["weight_packed"], scales, self.block, self.torch_dtype)
+        scales = tensors["weight_scale"].view(torch.uint8)
+        steps = float8.E4M3.to(scales.device) / tensors["weight_global_scale"]
+        return decode.e2m1(tensors["weight_packed"], scales, steps, self.block, self.torch_dtype)
+
+    @property
+    def row_tensors(self) -> frozenset[str]:
+        return frozenset(["weight_packed", "weight_scale"])
 
     def product(self, tensors: Tensors) -> Product | None:
         packed, scales = tensors["weight_packed"], tensors["weight_scale"]
@@ -108,9 +113,6 @@ class Nvfp4(Microscaling):
             "scale_dtype": "torch.float8_e4m3fn",
         }
         return {"format": "nvfp4-pack-quantized", "weights": weights}
-
-
-_E4M3 = torch.arange(LARGEST + 1, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # positive, ascending
 
 
 def _global_exponent(maxima: Tensor) -> int:

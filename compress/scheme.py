@@ -185,9 +185,22 @@ class Scheme(ABC):
         """The same weight for other options, where that loses nothing. Raises ValueError where it would."""
         raise ValueError(f"{self.name}: {', '.join(options)} is decided when a weight is compressed; leave it out")
 
+    @property
+    def row_tensors(self) -> frozenset[str]:
+        """The local names of tensors that may be there and have a line for each row of the weight, where some of these
+        lines and the other tensors decode to these rows; empty where that is not so."""
+        return frozenset()
+
     def rows(self, tensors: Any, index: Tensor) -> Tensor:
-        """decode(tensors)[index]. Override where a few rows cost less than all of them."""
-        return self.decode(tensors)[index]
+        """decode(tensors)[index]. Override where a few rows cost less than all of them, and have no `row_tensors`."""
+        if not self.row_tensors or not isinstance(tensors, dict):
+            return self.decode(tensors)[index]
+        found = self.decode(self.part(tensors, index.flatten()))
+        return found.view(*index.shape, found.shape[1])
+
+    def part(self, tensors: Tensors, rows: slice | Tensor) -> Tensors:
+        """What is stored of some rows, where there are `row_tensors`."""
+        return {name: tensor[rows] if name in self.row_tensors else tensor for name, tensor in tensors.items()}
 
     @abstractmethod
     def original(self, specs: Mapping[str, Spec]) -> Spec:
@@ -202,15 +215,23 @@ class Scheme(ABC):
 
         tensors: as stored, or as `prepare` returns them: then without a decoded weight where that is better.
         """
-        y = cpu.multiply(x, tensors, bias, lambda: self.decode(tensors))
+        y = cpu.multiply(x, tensors, bias, lambda x: self._dense(x, tensors, None))
         if y is not None:
             return y
         differentiated = torch.is_grad_enabled() and x.requires_grad  # fused kernels have no backward pass
         if isinstance(tensors, Prepared) and not differentiated:
             return tensors.linear(x, bias)
-        weight = self.decode(tensors)
-        # What loses nothing gives the bits that the original gives, whatever is faster.
-        return F.linear(x, weight.to(x.dtype), bias) if self.lossless else cpu.dense(x, weight, bias)
+        return self._dense(x, tensors, bias)
+
+    def _dense(self, x: Tensor, tensors: Any, bias: Tensor | None) -> Tensor:
+        """With a decoded weight."""
+        if self.lossless:  # gives the bits that the original gives, whatever is faster
+            return F.linear(x, self.decode(tensors).to(x.dtype), bias)
+        if not self.row_tensors or not isinstance(tensors, dict):
+            weight = self.decode(tensors)
+            return cpu.dense(x, (weight.shape[0], weight.shape[1]), weight.__getitem__, bias)
+        height = next(len(tensor) for name, tensor in tensors.items() if name in self.row_tensors)
+        return cpu.dense(x, (height, x.shape[-1]), lambda part: self.decode(self.part(tensors, part)), bias)
 
     @property
     def interchange(self) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from compress.formats.compiled import float_bits, jit
 from compress.formats.threads import in_threads
 
 E4M3_MAX = 448.0
+E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # what each byte stands for
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

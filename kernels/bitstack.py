@@ -23,7 +23,6 @@ from compress.kernels.cpu import Product
 from compress.kernels.op import Layout, Packed
 
 FLOOR = 1 / 16  # of the first factors' product: where the others take more than that away, they do no longer
-ROWS_AT_ONCE = 1 << 20  # weights that `linear` decodes at a time without Triton
 
 
 @dataclass(frozen=True)
@@ -184,10 +183,8 @@ def scale(u: Tensor, v: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, stack: Planes, bias: Tensor | None = None) -> Tensor:
-    """x @ W.T + bias, (..., n) -> (..., m): fused where that is faster, else of the decoded weight; without Triton of a
-    few of its rows at a time.
-    """
-    m, n = stack.shape
+    """x @ W.T + bias, (..., n) -> (..., m): fused where that is faster, else of the decoded weight."""
+    n = stack.shape[1]
     if prepared.runs_triton(x.device):
         from compress.kernels import bitstack_triton
 
@@ -196,17 +193,14 @@ def linear(x: Tensor, stack: Planes, bias: Tensor | None = None) -> Tensor:
             return bitstack_triton.linear(x, stack, bias)
         return F.linear(x, decode(stack).to(x.dtype), bias)
     if x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad):
-        y = cpu.multiply(x, stack, bias, lambda: decode(stack))
+        y = cpu.multiply(x, stack, bias, lambda x: _dense(x, stack, None))
         if y is not None:
             return y
-    step = max(1, ROWS_AT_ONCE // n)
-    if m <= step:
-        return cpu.dense(x, decode(stack), bias)
-    y = x.new_empty(*x.shape[:-1], m)
-    for first in range(0, m, step):
-        rows = slice(first, first + step)
-        y[..., rows] = cpu.dense(x, decode(stack.rows(rows)), None if bias is None else bias[rows])
-    return y
+    return _dense(x, stack, bias)
+
+
+def _dense(x: Tensor, stack: Planes, bias: Tensor | None) -> Tensor:
+    return cpu.dense(x, stack.shape, lambda part: decode(stack.rows(part)), bias)
 
 
 def pack(stack: Planes) -> Packed:

@@ -42,13 +42,14 @@ class Product:
     few_only: bool = False  # many tokens get the bits that torch gives: what loses nothing is scored so
     forced: str | None = field(default_factory=lambda: os.environ.get("COMPRESS_CPU_PATH"))
 
-    def linear(self, x: Tensor, bias: Tensor | None, decode: Callable[[], Tensor]) -> Tensor | None:
-        """(..., columns) -> (..., rows) in x's dtype; None where a decoded weight is better. decode: makes it."""
+    def linear(self, x: Tensor, bias: Tensor | None, dense: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """(..., columns) -> (..., rows) in x's dtype; None where `dense`, which multiplies with a decoded weight, is
+        faster."""
         *several, columns = x.shape
         if columns != self.shape[1]:
             raise ValueError(f"x: {columns} columns, and the weight has {self.shape[1]}")
         flat, tokens = x.reshape(-1, columns), math.prod(several)
-        if not tokens or not self._is_faster(tokens, decode):
+        if not tokens or not self._is_faster(tokens, dense):
             return None
         y = self.run(flat, x.dtype if bias is None else torch.float32)
         if y is None:
@@ -56,14 +57,14 @@ class Product:
         y = y if bias is None else y.add_(bias)
         return y.to(x.dtype).view(*several, self.shape[0])
 
-    def _is_faster(self, tokens: int, decode: Callable[[], Tensor]) -> bool:
+    def _is_faster(self, tokens: int, dense: Callable[[Tensor], Tensor]) -> bool:
         if self.forced in ("fused", "dense"):
             return self.forced == "fused"
         if self.shape[0] * self.shape[1] < LEAST:
             return False
         if tokens <= FEW or self.few_only:
             return tokens <= FEW
-        return tokens <= measured.most_tokens(self.layout, self.shape, lambda x: self.run(x, x.dtype), decode)
+        return tokens <= measured.most_tokens(self.layout, self.shape, lambda x: self.run(x, x.dtype), dense)
 
 
 class Prepared(dict[str, Tensor]):
@@ -85,8 +86,9 @@ def decoded() -> Iterator[None]:
         _DECODED.reset(token)
 
 
-def multiply(x: Tensor, tensors: Any, bias: Tensor | None, decode: Callable[[], Tensor]) -> Tensor | None:
-    """x @ W.T + bias where `tensors` have a `product` and that is faster than with decode(); None elsewhere."""
+def multiply(x: Tensor, tensors: Any, bias: Tensor | None, dense: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """x @ W.T + bias where `tensors` have a `product` and that is faster than dense(x), x @ W.T of a decoded W; None
+    elsewhere."""
     product = getattr(tensors, "product", None)
     if torch.compiler.is_compiling() or product is None or x.device.type != "cpu" or x.dtype not in _DTYPES:
         return None
@@ -94,29 +96,30 @@ def multiply(x: Tensor, tensors: Any, bias: Tensor | None, decode: Callable[[], 
         return None
     if torch.is_autocast_enabled("cpu") or _DECODED.get():
         return None
-    y: Tensor | None = product.linear(x, bias, decode)
+    y: Tensor | None = product.linear(x, bias, dense)
     return y
 
 
-def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear in x's dtype; through float32 where this processor multiplies that faster, in parts of the weight."""
-    tokens = x.numel() // max(1, x.shape[-1])
-    narrow = x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cpu"
-    if not narrow or weight.numel() < LEAST or (torch.is_grad_enabled() and x.requires_grad):
-        return F.linear(x, weight.to(x.dtype), bias)
-    if _DECODED.get() or not measured.is_wider_faster(x.dtype, tokens):
-        return F.linear(x, weight.to(x.dtype), bias)
-    y, wide = x.new_empty(*x.shape[:-1], len(weight)), x.float()
-    step = max(1, _AT_ONCE // weight.shape[1])
-    for first in range(0, len(weight), step):
-        part = slice(first, first + step)
-        rest = None if bias is None else bias[part].float()
-        y[..., part] = F.linear(wide, weight[part].float(), rest)
+def dense(x: Tensor, shape: tuple[int, int], rows: Callable[[slice], Tensor], bias: Tensor | None) -> Tensor:
+    """x @ W.T + bias in x's dtype, of a decoded W of that shape. rows: those of a slice, which begins at a multiple of
+    32. On the CPU a few at a time, which are still in a cache when they are multiplied and need no new memory; in
+    float32 where this processor multiplies that faster."""
+    height, columns = shape
+    differentiated = torch.is_grad_enabled() and x.requires_grad
+    if x.device.type != "cpu" or differentiated or height * columns < LEAST or _DECODED.get():
+        return F.linear(x, rows(slice(0, height)).to(x.dtype), bias)
+    narrow, dtype = x.dtype in (torch.bfloat16, torch.float16), x.dtype
+    if narrow and measured.is_wider_faster(x.dtype, math.prod(x.shape[:-1])):
+        dtype = torch.float32
+    y, inputs, step = x.new_empty(*x.shape[:-1], height), x.to(dtype), max(32, _AT_ONCE // columns // 32 * 32)
+    for first in range(0, height, step):
+        part = slice(first, min(first + step, height))
+        y[..., part] = F.linear(inputs, rows(part).to(dtype), None if bias is None else bias[part].to(dtype))
     return y
 
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_AT_ONCE = 1 << 21  # weights that are in float32 at a time: they stay in the cache
+_AT_ONCE = 1 << 21  # weights that are decoded at a time
 
 
 def integers(

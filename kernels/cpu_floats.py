@@ -153,3 +153,30 @@ def _weights(builder: Any, layout: Layout, codes: Any, at: Any, column: Any) -> 
     words = builder.sext(load(builder, codes, vector(i8, lanes), offset), vector(i16, lanes))
     halves = builder.and_(builder.shl(words, constant(words.type, 7)), constant(words.type, 0xBFFF))
     return builder.fpext(builder.bitcast(halves, vector(ir.HalfType(), lanes)), floats)
+
+
+@intrinsic
+def widen(context, codes, values, count):  # type: ignore[no-untyped-def]
+    """values[i] = codes[i], E4M3 as float32, NaN too, for whole vectors. Returns how many codes these are."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        source, target = (simd.data(context, builder, arguments[i], signature.args[i]) for i in range(2))
+        lanes = simd.lanes() // 2
+        wide = vector(i32, lanes)
+
+        def of(value: int) -> Any:
+            return constant(wide, value)
+
+        end = builder.and_(arguments[2], integer(-lanes))
+        with cgutils.for_range_slice(builder, integer(0), end, integer(lanes), inc=True) as (at, _):
+            words = builder.zext(load(builder, source, vector(i8, lanes), at), wide)
+            size, sign = builder.and_(words, of(0x7F)), builder.shl(builder.and_(words, of(0x80)), of(24))
+            normal = builder.add(builder.shl(size, of(20)), of(120 << 23))  # its exponent is 120 less than float32's
+            small = builder.fmul(builder.uitofp(size, vector(f32, lanes)), constant(vector(f32, lanes), 2.0**-9))
+            found = builder.select(builder.icmp_unsigned("<", size, of(8)), builder.bitcast(small, wide), normal)
+            found = builder.select(builder.icmp_unsigned("==", size, of(0x7F)), of(0x7FC00000), found)
+            place = builder.gep(builder.bitcast(target, i32.as_pointer()), [at])
+            builder.store(builder.or_(found, sign), builder.bitcast(place, wide.as_pointer()), align=1)
+        return end
+
+    return numba.int64(codes, values, count), generate

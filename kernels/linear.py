@@ -58,11 +58,14 @@ class Stored:
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """As the layer that has these tensors multiplies uncompiled."""
-        y = cpu.multiply(x, self.running, bias, self.decode)
-        if y is not None:
-            return y
+        y = cpu.multiply(x, self.running, bias, lambda x: self._dense(x, None))
+        return self._dense(x, bias) if y is None else y
+
+    def _dense(self, x: Tensor, bias: Tensor | None) -> Tensor:
         weight = self.decode()
-        return F.linear(x, weight.to(x.dtype), bias) if self.known.lossless else cpu.dense(x, weight, bias)
+        if self.known.lossless:
+            return F.linear(x, weight.to(x.dtype), bias)
+        return cpu.dense(x, (weight.shape[0], weight.shape[1]), weight.__getitem__, bias)
 
 
 _SCHEMES: dict[str, RunningScheme] = {}

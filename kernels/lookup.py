@@ -14,6 +14,7 @@ from compress.formats.bitpack import packed_width, unpack
 from compress.formats.compiled import empty, jit
 from compress.formats.threads import in_threads
 from compress.kernels import prepared
+from compress.kernels.cpu_levels import take
 from compress.kernels.decode import unpack_row
 from compress.kernels.op import Layout, Packed
 
@@ -157,6 +158,10 @@ def _lookup_rows(start, stop, source, levels, rows, columns, bits, out):  # type
                 for i in range(codes.shape[0]):
                     codes[i] = np.uint8(codes[i] << np.uint8(1)) | plane[i]
         for block in range(levels.shape[1]):
-            table = levels[row // rows, block]
-            for i in range(block * columns, min((block + 1) * columns, width)):
-                out[row, i] = table[codes[i]]
+            table, part = levels[row // rows, block], out[row, block * columns : (block + 1) * columns]
+            chosen = codes[block * columns : (block + 1) * columns]
+            if out.itemsize == 2:
+                take(table, chosen, part)
+            else:
+                for i in range(part.shape[0]):
+                    part[i] = table[chosen[i]]

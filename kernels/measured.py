@@ -30,21 +30,25 @@ _LOCK = threading.RLock()  # measuring one thing may ask for another
 
 
 def most_tokens(
-    layout: str, shape: tuple[int, int], product: Callable[[Tensor], Any], decode: Callable[[], Tensor]
+    layout: str, shape: tuple[int, int], product: Callable[[Tensor], Any], dense: Callable[[Tensor], Any]
 ) -> int:
-    """Up to how many tokens `product` takes less time than decode() and torch's product with what it gives."""
+    """Up to how many tokens `product` takes less time than `dense`."""
 
     def measure() -> int:
-        weights = shape[0] * shape[1]
-        few, more = (_seconds(product, torch.ones(tokens, shape[1]).bfloat16()) / weights for tokens in SIZES[:2])
-        each = max(0.0, (more - few) / (SIZES[1] - SIZES[0]))
-        decoding = _seconds(decode) / weights
-        slower = [m for m in SIZES if few + each * (m - SIZES[0]) > decoding + min(_torch_seconds(torch.bfloat16, m))]
+        few, more = SIZES[:2]
+        inputs = [torch.ones(tokens, shape[1]).bfloat16() for tokens in (few, more)]
+        found = [[_seconds(way, x) for x in inputs] for way in (product, dense)]
+
+        def seconds(way: int, tokens: int) -> float:
+            first, second = found[way]
+            return first + max(0.0, second - first) * (tokens - few) / (more - few)
+
+        slower = [m for m in SIZES if seconds(0, m) > seconds(1, m)]
         if not slower:
             return MANY
         return max((size for size in SIZES if size < slower[0]), default=SIZES[0] - 1)
 
-    return int(_remembered(f"{layout}, 2**{(shape[0] * shape[1]).bit_length()} weights", measure))
+    return int(_remembered(f"{layout}, 2**{(shape[0] * shape[1]).bit_length()} weights, in parts", measure))
 
 
 def is_wider_faster(dtype: torch.dtype, tokens: int) -> bool:

@@ -15,7 +15,11 @@ from torch import Tensor
 from compress.formats.compiled import empty, jit
 from compress.formats.threads import in_threads
 from compress.kernels import lookup, prepared
+from compress.kernels.cpu_levels import take_groups
+from compress.kernels.decode import store
 from compress.kernels.op import Layout, Packed
+
+TOGETHER = 16  # blocks that are unpacked at a time
 
 
 @dataclass(frozen=True)
@@ -91,17 +95,20 @@ def _check(name: str, tensor: Tensor, dtype: torch.dtype, count: int) -> None:
 
 @jit
 def _decode_blocks(start, stop, out, dropped, block_size, packed, absmax, levels):  # type: ignore[no-untyped-def]
-    words = np.empty(16, out.dtype)
-    half = np.uint32(0x7FFF if dropped else 0)
-    odd = np.uint32(1 if dropped else 0)
-    for block in range(start, stop):
-        bits = (levels * absmax[block]).view(np.uint32)
-        for j in range(16):  # a block has few values: they are rounded once
-            words[j] = (bits[j] + half + ((bits[j] >> np.uint32(16)) & odd)) >> np.uint32(dropped)
-        part = out[block * block_size : (block + 1) * block_size]
-        codes = packed[block * block_size // 2 : (block + 1) * block_size // 2]
-        for i in range(part.shape[0] // 2):
-            part[2 * i] = words[codes[i] >> np.uint8(4)]
-            part[2 * i + 1] = words[codes[i] & np.uint8(15)]
-        if part.shape[0] % 2:
-            part[-1] = words[codes[-1] >> np.uint8(4)]
+    size = TOGETHER * block_size
+    codes, values, zeros = np.empty(size, np.uint8), np.empty(size, np.float32), np.zeros(TOGETHER, np.float32)
+    for first in range(start, stop, TOGETHER):
+        scales = absmax[first : min(first + TOGETHER, stop)]
+        part = out[first * block_size : (first + scales.shape[0]) * block_size]
+        pairs = packed[first * block_size // 2 :][: (part.shape[0] + 1) // 2]
+        for i in range(pairs.shape[0]):
+            codes[2 * i] = pairs[i] >> np.uint8(4)
+            codes[2 * i + 1] = pairs[i] & np.uint8(15)
+        done = take_groups(levels, codes, scales, zeros, block_size, part) if dropped else 0
+        for block in range(done, scales.shape[0]):
+            found = values[block * block_size : (block + 1) * block_size]
+            chosen = codes[block * block_size : (block + 1) * block_size]
+            for i in range(found.shape[0]):
+                found[i] = levels[chosen[i]] * scales[block]
+        left = part[done * block_size :]
+        store(values[done * block_size :][: left.shape[0]], left, dropped)

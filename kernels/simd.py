@@ -16,7 +16,11 @@ from numba.core.registry import cpu_target
 i8, i16, i32, i64, f32 = (*map(ir.IntType, (8, 16, 32, 64)), ir.FloatType())
 AHEAD = 4096  # bytes: so far before they are needed, codes are asked for; the machine's own prefetching ends at a page
 _MADD = {16: ("avx2", "llvm.x86.avx2.pmadd.wd"), 32: ("avx512bw", "llvm.x86.avx512.pmaddw.d.512")}
-_SHUFFLE = {16: ("avx2", "llvm.x86.avx2.pshuf.b"), 32: ("avx512bw", "llvm.x86.avx512.pshuf.b.512")}
+_SHUFFLE = {
+    8: ("avx2", "llvm.x86.ssse3.pshuf.b.128"),
+    16: ("avx2", "llvm.x86.avx2.pshuf.b"),
+    32: ("avx512bw", "llvm.x86.avx512.pshuf.b.512"),
+}
 
 
 @cache
@@ -34,6 +38,11 @@ def lanes() -> int:
 def has_tables() -> bool:
     """Whether vectors of bytes can be looked up in a table of 16."""
     return _SHUFFLE[lanes()][0] in features()
+
+
+def has_long_tables() -> bool:
+    """Whether vectors of 16-bit numbers can be looked up in a table of 64, and longer ones."""
+    return "avx512bw" in features()
 
 
 def vector(kind: ir.Type, count: int) -> ir.VectorType:
@@ -104,10 +113,22 @@ def madd(builder: Any, a: Any, b: Any) -> Any:
 
 
 def look_up(builder: Any, table: Any, index: Any) -> Any:
-    """table: bytes, 16 and again 16. index: bytes below 16. Every index looks into its own sixteenth-byte part."""
+    """table: bytes, 16 and again 16. index: bytes below 16. Every index looks into the 16 bytes of its own place."""
     name = _SHUFFLE[table.type.count // 2][1]
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(table.type, [table.type] * 2), name)
     return builder.call(function, [table, index])
+
+
+def look_up_words(builder: Any, parts: list[Any], index: Any) -> Any:
+    """table[index], where `has_long_tables`. parts: of a table of 64, 128 or 256, 32 words each. index: 32 words."""
+    kind, name = index.type, "llvm.x86.avx512.vpermi2var.hi.512"
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name)
+    found, bit = [builder.call(function, [a, index, b]) for a, b in zip(parts[::2], parts[1::2], strict=True)], 64
+    while len(found) > 1:
+        chosen = builder.icmp_unsigned("!=", builder.and_(index, constant(kind, bit)), constant(kind, 0))
+        found = [builder.select(chosen, b, a) for a, b in zip(found[::2], found[1::2], strict=True)]
+        bit *= 2
+    return found[0]
 
 
 def total(builder: Any, values: Any) -> Any:

@@ -284,13 +284,6 @@ def test_what_a_prepared_weight_holds_is_counted() -> None:
         assert scheme.prepared_bytes(specs, "cuda") == stack.levels.nbytes  # whose kernels read v as it is
 
 
-def test_linear_in_parts_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "ROWS_AT_ONCE", 300)
-    linear = compress.linear(gaussian(37, 64), "bitstack", bias=gaussian(37))
-    x = gaussian(2, 3, 64)
-    assert torch.allclose(linear(x), torch.nn.functional.linear(x, linear.weight, linear.bias), atol=1e-5)
-
-
 def test_tensors_may_lie_in_memory_in_any_order() -> None:
     tensors = compress.encode(gaussian(24, 300), "bitstack", blocks=3, scaling="none")
     turned = {name: t.mT.contiguous().mT if t.dim() == 2 else t for name, t in tensors.items()}

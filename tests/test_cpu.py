@@ -81,6 +81,26 @@ def test_a_product_is_that_of_the_decoded_weight(case: tuple[str, dict[str, Any]
         assert error(scheme.linear(x, prepared, bias), wanted) < BOUND
 
 
+DECODED = [*CASES, ("int8", {"activations": "dynamic"}), ("kmeans", {"method": "rtn", "nested": True})]
+DECODED += [("kmeans", {"method": "rtn", "codebook": "bitmod4", "block_size": 32})]
+
+
+@pytest.mark.parametrize("case", DECODED, ids=str)
+def test_a_decoded_weight_is_multiplied_in_parts(
+    case: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last part has fewer rows."""
+    monkeypatch.setenv("COMPRESS_CPU_PATH", "dense")
+    monkeypatch.setattr(cpu, "LEAST", 1)
+    monkeypatch.setattr(cpu, "_AT_ONCE", 1)
+    scheme, tensors = stored(case[0], (83, 416), torch.float32, **case[1])
+    x, bias = gaussian(3, 416, dtype=torch.float32), gaussian(83, dtype=torch.float32)
+    for held in (tensors, scheme.prepare(tensors)):
+        wanted = F.linear(x.double(), scheme.decode(held).double(), bias.double())
+        bound = 1e-6 if case[1].get("activations", "none") == "none" else 0.02
+        assert error(scheme.linear(x, held, bias), wanted) < bound
+
+
 @pytest.mark.parametrize("columns", [64, 131, 136, 250])
 def test_planes_of_any_width_are_summed_up_once(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last vector of columns overlaps with the one before it."""

@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from compress.formats import bitpack
 from compress.kernels import decode
+from compress.kernels.cpu_levels import take
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -15,7 +17,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_groups_equal_torch(bits: int, dtype: torch.dtype) -> None:
     torch.manual_seed(bits)
-    for rows, groups, group_size in ((3, 2, 32), (1, 1, 43), (5, 3, 7), (2, 1, 1)):
+    for rows, groups, group_size in ((3, 2, 32), (1, 1, 43), (5, 3, 7), (2, 1, 1), (2, 3, 16), (2, 2, 128)):
         q = torch.randint(0, 1 << bits, (rows, groups * group_size), dtype=torch.uint8)
         scales = torch.randn(rows, groups).mul(0.02).to(dtype)
         zeros = torch.randint(0, 1 << bits, (rows, groups), dtype=torch.uint8)
@@ -41,6 +43,25 @@ def test_e4m3_equals_torch(block: tuple[int, int], dtype: torch.dtype) -> None:
     want = (weight.view(torch.float8_e4m3fn).float() * spread).to(dtype)
     for function in (decode.e4m3, decode.e4m3_torch):
         assert torch.equal(function(weight.view(torch.float8_e4m3fn), scales, block), want)
+
+
+def test_every_e4m3_code_of_a_row_with_one_scale_is_decoded_and_of_many() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).repeat(2, 1).view(torch.float8_e4m3fn)
+    for scales, block in ((torch.tensor([[3.0], [1e-3]]), (1, 256)), (torch.rand(2, 8) + 0.5, (1, 32))):
+        for dtype in DTYPES:
+            found, wanted = (f(codes, scales, block, dtype).float() for f in (decode.e4m3, decode.e4m3_torch))
+            assert torch.equal(found.isnan(), wanted.isnan()) and int(found.isnan().sum()) == 4
+            assert torch.equal(found.nan_to_num(), wanted.nan_to_num())
+
+
+@pytest.mark.parametrize("count", [1, 2, 16, 17, 64, 65, 128, 129, 256])
+def test_words_are_looked_up_in_tables_of_every_size(count: int) -> None:
+    generator = np.random.default_rng(count)
+    table = generator.integers(0, 1 << 16, count).astype(np.uint16)
+    for length in (0, 1, 31, 64, 200):
+        codes, out = generator.integers(0, count, length).astype(np.uint8), np.zeros(length, np.uint16)
+        take(table, codes, out)
+        assert (out == table[codes]).all()
 
 
 def test_threads_do_not_change_a_bit(on_threads: Any) -> None:

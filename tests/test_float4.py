@@ -124,7 +124,9 @@ def test_empty_weights_stay_empty() -> None:
         assert encode(torch.zeros(3, 0), torch.ones(3, 0)).shape == (3, 0)
     assert pack(torch.zeros(0, 8, dtype=torch.uint8)).shape == (0, 4)
     assert unpack(torch.zeros(3, 0, dtype=torch.uint8)).shape == (3, 0)
-    assert decode.e2m1(torch.empty(0, 16, dtype=torch.uint8), torch.empty(0, 1), 32, torch.bfloat16).shape == (0, 32)
+    scales = torch.empty(0, 1, dtype=torch.uint8)
+    found = decode.e2m1(torch.empty(0, 16, dtype=torch.uint8), scales, torch.ones(256), 32, torch.bfloat16)
+    assert found.shape == (0, 32)
 
 
 def test_bad_arguments_are_refused() -> None:
@@ -141,19 +143,21 @@ def test_bad_arguments_are_refused() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_decoders_give_the_bits_of_the_formula(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    for rows, groups, group_size in ((3, 2, 32), (1, 1, 16), (5, 7, 2), (2, 3, 6)):
+    for rows, groups, group_size in ((3, 2, 32), (1, 1, 16), (5, 7, 2), (2, 3, 6), (2, 3, 64)):
         codes = torch.randint(0, 16, (rows, groups * group_size), dtype=torch.uint8)
-        scales = torch.rand(rows, groups) + 0.01
-        spread = scales.repeat_interleave(group_size, 1)
+        scales, steps = torch.randint(0, 256, (rows, groups), dtype=torch.uint8), torch.rand(256) + 0.01
+        spread = steps[scales.int()].repeat_interleave(group_size, 1)
         want = (torch.tensor([code_point(code) for code in range(16)])[codes.long()] * spread).to(dtype)
         for function in (decode.e2m1, decode.e2m1_torch):
-            got = function(pack(codes), scales, group_size, dtype)
+            got = function(pack(codes), scales, steps, group_size, dtype)
             assert got.dtype == dtype and torch.equal(got, want)
+            assert torch.equal(got.signbit(), want.signbit())  # zeros too
 
 
 def test_a_packed_weight_and_scales_that_do_not_belong_together_are_refused() -> None:
     with pytest.raises(ValueError, match="packed: the shape is"):
-        decode.e2m1(torch.zeros(4, 8, dtype=torch.uint8), torch.ones(4, 1), 32, torch.bfloat16)
+        scales = torch.ones(4, 1, dtype=torch.uint8)
+        decode.e2m1(torch.zeros(4, 8, dtype=torch.uint8), scales, torch.ones(256), 32, torch.bfloat16)
 
 
 def test_e4m3_is_decoded_to_another_dtype_than_its_scales() -> None:
@@ -169,5 +173,6 @@ def test_threads_do_not_change_a_byte(on_threads: Any) -> None:
     weight, scales = torch.randn(100, 1024).bfloat16(), torch.rand(100, 64) + 0.1
     packed, *others = on_threads(lambda: float4.pack(to_e2m1(weight, scales)))
     assert all(torch.equal(packed, other) for other in others)
-    decoded, *others = on_threads(lambda: decode.e2m1(packed, scales, 16, torch.bfloat16))
+    numbers, steps = torch.randint(0, 256, (100, 64), dtype=torch.uint8), torch.rand(256)
+    decoded, *others = on_threads(lambda: decode.e2m1(packed, numbers, steps, 16, torch.bfloat16))
     assert all(torch.equal(decoded, other) for other in others)
