@@ -153,18 +153,16 @@ def peers(weight: Tensor) -> Calls:
     model[0].weight.data = weight.float()
     quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
     calls["torch dynamic int8"] = cycle([lambda x: quantized(x.float()).bfloat16()])
-    return {**calls, "bitsandbytes nf4": cycle([lambda x, f=layer: f(x) for layer in nf4_layers(weight)])}
+    layers = [nf4_layer(weight) for _ in range(max(1, bench.CACHED_BYTES * 4 // weight.nbytes))]
+    return {**calls, "bitsandbytes nf4": cycle([lambda x, f=layer: f(x) for layer in layers])}
 
 
-def nf4_layers(weight: Tensor) -> list[nn.Module]:
+def nf4_layer(weight: Tensor) -> nn.Module:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    layers = []
-    for _ in range(max(1, bench.CACHED_BYTES * 4 // weight.nbytes)):
-        layer = Linear4bit(weight.shape[1], weight.shape[0], False, torch.bfloat16, quant_type="nf4", device="meta")
-        layer.weight = Params4bit(weight.clone(), requires_grad=False, quant_type="nf4", blocksize=64, module=layer)
-        layers.append(layer.to("cpu").eval())
-    return layers
+    layer = Linear4bit(weight.shape[1], weight.shape[0], False, torch.bfloat16, quant_type="nf4", device="meta")
+    layer.weight = Params4bit(weight.clone(), requires_grad=False, quant_type="nf4", blocksize=64, module=layer)
+    return layer.to("cpu").eval()
 
 
 def llama(clock: Callable[[], float], new: int = 8) -> list[str]:
@@ -179,8 +177,8 @@ def llama(clock: Callable[[], float], new: int = 8) -> list[str]:
     lines = ["## Decoding with a 1.1B Llama", "", "| linears | tokens per second |", "|---|--:|"]
     originals = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     ways: dict[str, Callable[[nn.Linear], nn.Module]] = {"bf16": lambda linear: linear}
-    ways["bitsandbytes nf4"] = lambda linear: nf4_layers(linear.weight.data)[0]
-    for name in ("int4, groups of 128", "int8, groups of 128", "df11 fixed"):
+    ways["bitsandbytes nf4"] = lambda linear: nf4_layer(linear.weight.data)
+    for name in ("int4, groups of 128", "int8, groups of 128", "kmeans, 4 bits", "bfp, 4 bits", "fp8", "df11 fixed"):
         ways[f"compress {name}"] = lambda linear, scheme=CASES[name]: packed(scheme, linear)
     for name, made in ways.items():
         for path, linear in originals.items():
