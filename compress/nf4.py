@@ -24,6 +24,7 @@ from compress.stats import Stats
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those that bitsandbytes runs
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _OFFSET_ROOM = 24  # characters of a float32 as JSON, at the most
+_ROWS = 32  # that bitsandbytes' loop for AVX512-BF16 takes at a time
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,21 @@ class Nf4(Scheme):
         if self.block_size not in BLOCK_SIZES:
             known = ", ".join(map(str, BLOCK_SIZES))
             raise ValueError(f"{self.name}: block_size is {self.block_size}; give one of {known}")
+
+    def note(self, shape: tuple[int, ...]) -> str | None:
+        # Its loops for AVX-512 take whole blocks in a row for granted: that for BF16 stops, and `dequantize_4bit` reads
+        # the magnitudes of other blocks (where 16 divides in_features). On a GPU and with AVX2 it runs any shape.
+        if shape[1] % self.block_size:
+            return (
+                f"not whole blocks of {self.block_size}, with which bitsandbytes 0.50 stops or is wrong on a CPU with "
+                "AVX-512; compress.load runs it"
+            )
+        if shape[0] % _ROWS:
+            return (
+                f"{shape[0]} out_features are no multiple of {_ROWS}, with which bitsandbytes 0.50 stops on a CPU with "
+                "AVX512-BF16; compress.load runs it"
+            )
+        return None
 
     def specs(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Spec]:
         count = math.prod(shape)
