@@ -1,10 +1,11 @@
 """What the Triton kernels are compiled as, for GPUs that are not there; and the table of what that takes.
 
 `python tests/compiled_kernels.py` writes benchmarks/results/kernels.json: registers, stack and shared memory by target,
-of all kernels, and for Hopper what the loop of a product takes. Tests compile fewer of them anew.
+of all kernels, and for Hopper what the loop of a product takes. Tests compile those of CHOSEN, and what has changed.
 `python tests/compiled_kernels.py loops` prints these loops by the weight.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -318,10 +320,17 @@ def on_amd(kernel: Kernel) -> Kernel:
     return replace(kernel, constants=constants, warps=warps, stages=kernel.stages - 1)
 
 
+def function_of(kernel: Kernel) -> Any:
+    return getattr(import_module(f"compress.kernels.{kernel.file}"), kernel.function)
+
+
+def source_of(kernel: Kernel) -> str:
+    """Of what it is compiled, in short: of the code that Triton knows it by, with all that it calls, and how."""
+    return hashlib.sha256(f"{function_of(kernel).cache_key} {kernel}".encode()).hexdigest()[:16]
+
+
 def compiled(kernel: Kernel, target: str) -> Any:
     """What Triton makes of it."""
-    from importlib import import_module
-
     import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
@@ -331,7 +340,7 @@ def compiled(kernel: Kernel, target: str) -> Any:
         kernel, gpu = on_amd(kernel), GPUTarget("hip", target, AMD[target])
     else:
         gpu = GPUTarget("cuda", int(target), 32)
-    function = getattr(import_module(f"compress.kernels.{kernel.file}"), kernel.function)
+    function = function_of(kernel)
     dtypes = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
     constants = {key: dtypes.get(value, value) for key, value in kernel.constants.items()}
     signature = {name: kernel.types.get(name, "constexpr").rstrip("*") for name in function.arg_names}
@@ -402,7 +411,9 @@ def write_table() -> None:
     import triton
 
     kernels = {name: {target: resources(k, target) for target in targets(name)} for name, k in KERNELS.items()}
-    TABLE.write_text(json.dumps({"triton": triton.__version__, "kernels": kernels}, indent=1) + "\n")
+    sources = {name: source_of(kernel) for name, kernel in KERNELS.items()}
+    table = {"triton": triton.__version__, "sources": sources, "kernels": kernels}
+    TABLE.write_text(json.dumps(table, indent=1) + "\n")
 
 
 def print_loops() -> None:
