@@ -12,7 +12,7 @@ import platform
 import threading
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numba
@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compress.formats.files import cache_folder, write_text
+from compress.kernels import simd
 
 SIZES = (16, 64, 256, 1024)  # tokens that torch's product is timed with
 SHAPE = (512, 1024)  # of the weight that it is timed with
 MANY = 1 << 30
-ROUNDS = 3
+ROUNDS = 5
 _LOCK = threading.RLock()  # measuring one thing may ask for another
 
 
@@ -37,13 +38,12 @@ def most_tokens(
     def measure() -> int:
         few, more = SIZES[:2]
         inputs = [torch.ones(tokens, shape[1]).bfloat16() for tokens in (few, more)]
-        found = [[_seconds(way, x) for x in inputs] for way in (product, dense)]
+        found = _seconds(*(partial(way, x) for way in (product, dense) for x in inputs))
 
-        def seconds(way: int, tokens: int) -> float:
-            first, second = found[way]
+        def seconds(first: float, second: float, tokens: int) -> float:
             return first + max(0.0, second - first) * (tokens - few) / (more - few)
 
-        slower = [m for m in SIZES if seconds(0, m) > seconds(1, m)]
+        slower = [m for m in SIZES if seconds(*found[:2], m) > seconds(*found[2:], m)]
         if not slower:
             return MANY
         return max((size for size in SIZES if size < slower[0]), default=SIZES[0] - 1)
@@ -62,22 +62,25 @@ def _torch_seconds(dtype: torch.dtype, tokens: int) -> tuple[float, float]:
 
     def measure() -> list[float]:
         weight, x = torch.ones(SHAPE, dtype=dtype), torch.ones(tokens, SHAPE[1], dtype=dtype)
-        wide = _seconds(lambda: F.linear(x.float(), weight.float()))
-        return [_seconds(lambda: F.linear(x, weight)) / weight.numel(), wide / weight.numel()]
+        found = _seconds(lambda: F.linear(x, weight), lambda: F.linear(x.float(), weight.float()))
+        return [seconds / weight.numel() for seconds in found]
 
     narrow, wide = _remembered(f"torch {str(dtype).removeprefix('torch.')} {tokens}", measure)
     return narrow, wide
 
 
-def _seconds(function: Callable[..., Any], *arguments: Any) -> float:
-    found = []
+def _seconds(*functions: Callable[[], Any]) -> list[float]:
+    """The least of each, which take turns: what else runs meanwhile disturbs all of them."""
+    found: list[list[float]] = [[] for _ in functions]
     with torch.no_grad():
-        function(*arguments)
+        for function in functions:
+            function()
         for _ in range(ROUNDS):
-            begin = time.perf_counter()
-            function(*arguments)
-            found.append(time.perf_counter() - begin)
-    return min(found)
+            for function, times in zip(functions, found, strict=True):
+                begin = time.perf_counter()
+                function()
+                times.append(time.perf_counter() - begin)
+    return [min(times) for times in found]
 
 
 def _remembered(name: str, measure: Callable[[], Any]) -> Any:
@@ -119,7 +122,8 @@ def _is_measured(value: Any) -> bool:
 
 
 def _machine() -> str:
-    return f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, numba {numba.__version__}"
+    known = f"{processor()}, vectors of {16 * simd.lanes()} bits"  # some processors have a family's name
+    return f"{known}, {torch.get_num_threads()} threads, torch {torch.__version__}, numba {numba.__version__}"
 
 
 @cache
