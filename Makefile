@@ -6,6 +6,8 @@ TYPED := build/typed
 PYTEST := $(BIN)/pytest -q -n auto --maxprocesses 8 --dist worksteal
 # torch's idle threads sleep instead of spinning: five times as fast where other work shares two cores.
 export OMP_WAIT_POLICY ?= passive
+# Where this is set, every process compiles torch and transformers anew: eight seconds for each of the tests' own.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint style types format clean
 
