@@ -5,7 +5,8 @@ tests/test_guarded.py runs this in a process of its own. What is printed last is
 
 import ctypes
 import mmap
-import sys
+import os
+import signal
 
 import numpy as np
 import torch
@@ -58,8 +59,15 @@ def main() -> None:
                 assert torch.equal(scheme.decode(held), scheme.decode(tensors))
 
 
+def check_the_guard_is_there() -> None:
+    """A child that reads one byte too many, at either end, must die of it."""
+    for at_front, beside in ((False, 32), (True, -1)):
+        if (child := os.fork()) == 0:
+            ctypes.string_at(guarded(torch.zeros(8), at_front).data_ptr() + beside, 1)
+            os._exit(0)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGSEGV
+
+
 if __name__ == "__main__":
-    if sys.argv[1:] == ["outside"]:  # what must kill this process
-        ctypes.string_at(guarded(torch.zeros(8), at_front=False).data_ptr() + 32, 1)
-    else:
-        main()
+    check_the_guard_is_there()
+    main()

@@ -213,11 +213,11 @@ def test_a_model_of_any_size_is_saved_and_loaded(whole: Path, tmp_path: Path) ->
 
 
 def test_memory_of_the_process_falls_and_rises(tmp_path: Path) -> None:
-    """8 million weights in 8 blocks are 8 MB."""
+    """3.7 million weights in 8 blocks are 3.7 MB."""
     script = f"""
 import ctypes, torch, transformers, compress
 from transformers import LlamaConfig, LlamaForCausalLM
-config = LlamaConfig(vocab_size=64, hidden_size=1024, intermediate_size=2048, num_hidden_layers=1,
+config = LlamaConfig(vocab_size=64, hidden_size=512, intermediate_size=2048, num_hidden_layers=1,
                      num_attention_heads=16, num_key_value_heads=1, max_position_embeddings=64)
 LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained({str(tmp_path / "model")!r})
 compress.quantize({str(tmp_path / "model")!r}, {str(tmp_path / "out")!r}, "bitstack", scaling="none", scoring=None)
@@ -229,7 +229,7 @@ model = compress.load({str(tmp_path / "out")!r})
 live = model.resize.__self__
 sizes = []
 for turn in range(2):
-    for budget in ("1GiB", live.bytes if turn else 1500000 + live._fixed()):
+    for budget in ("1GiB", live.bytes if turn else 700000 + live._fixed()):
         taken = model.resize(budget)
         sizes.append((taken, private()))
 print(sizes)
@@ -240,7 +240,7 @@ print(sizes)
     (full, most), (small, least), (again, more), _ = json.loads(
         result.stdout.strip().split("\n")[-1].replace("(", "[").replace(")", "]")
     )
-    assert full == again and full - small > 6_000_000
+    assert full == again and full - small > 2_500_000
     assert 0.8 * (full - small) < most - least < 1.2 * (full - small)
     assert 0.8 * (full - small) < more - least < 1.2 * (full - small)
 
