@@ -111,7 +111,8 @@ def dense(x: Tensor, shape: tuple[int, int], rows: Callable[[slice], Tensor], bi
     narrow, dtype = x.dtype in (torch.bfloat16, torch.float16), x.dtype
     if narrow and measured.is_wider_faster(x.dtype, math.prod(x.shape[:-1])):
         dtype = torch.float32
-    y, inputs, step = x.new_empty(*x.shape[:-1], height), x.to(dtype), max(32, _AT_ONCE // columns // 32 * 32)
+    y, inputs = x.new_empty(*x.shape[:-1], height), x.to(dtype)
+    step = max(32, _AT_ONCE // (columns * dtype.itemsize) // 32 * 32)
     for first in range(0, height, step):
         part = slice(first, min(first + step, height))
         y[..., part] = F.linear(inputs, rows(part).to(dtype), None if bias is None else bias[part].to(dtype))
@@ -119,7 +120,7 @@ def dense(x: Tensor, shape: tuple[int, int], rows: Callable[[slice], Tensor], bi
 
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_AT_ONCE = 1 << 21  # weights that are decoded at a time
+_AT_ONCE = 1 << 23  # bytes of rows that are decoded at a time, in the dtype that they are multiplied in
 
 
 def integers(

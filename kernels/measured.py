@@ -70,16 +70,16 @@ def _torch_seconds(dtype: torch.dtype, tokens: int) -> tuple[float, float]:
 
 
 def _seconds(*functions: Callable[[], Any]) -> list[float]:
-    """The least of each, which take turns: what else runs meanwhile disturbs all of them."""
+    """The least of each, which take turns; of all threads: to wait for a core that others use does not count."""
     found: list[list[float]] = [[] for _ in functions]
     with torch.no_grad():
         for function in functions:
             function()
         for _ in range(ROUNDS):
             for function, times in zip(functions, found, strict=True):
-                begin = time.perf_counter()
+                begin = time.process_time()
                 function()
-                times.append(time.perf_counter() - begin)
+                times.append(time.process_time() - begin)
     return [min(times) for times in found]
 
 
