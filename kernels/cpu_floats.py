@@ -79,7 +79,7 @@ def _e4m3_rows(layout: Layout) -> Any:
         (height, width), groups, padded = codes.shape, scales.shape[1], x.shape[1]
         whole = height - (slack + width - 1) // width  # rows behind which there is enough to read
         last, found = np.zeros(width + slack, np.uint8), np.empty(tokens, np.float32)
-        steps = np.zeros(padded // size + 1, np.float32)
+        steps = np.zeros(max(padded // size, groups * units_of_group) + 1, np.float32)
         inputs, everything = x.reshape(-1), codes.reshape(-1)
         for first in range(start, stop, ROWS):
             for token in range(0, x.shape[0], tokens):
@@ -89,11 +89,13 @@ def _e4m3_rows(layout: Layout) -> Any:
                         last[:width] = codes[row]
                         source, at = last, 0
                     if is_scaled:
-                        for unit in range(padded // size):
-                            step = scales[row // share, min(unit // units_of_group, groups - 1)]
-                            steps[unit] = np.uint32(np.uint32(step) << np.uint32(23)).view(np.float32)
+                        for group in range(groups):
+                            step = scales[row // share, group]
+                            factor = np.uint32(np.uint32(step) << np.uint32(23)).view(np.float32)
                             if not are_powers:
-                                steps[unit] = step
+                                factor = np.float32(step)
+                            for i in range(units_of_group):
+                                steps[group * units_of_group + i] = factor
                     float_row((source, steps, inputs), (at, token * padded, padded), found, text)
                     for t in range(tokens):
                         out[token + t, row] = found[t]
