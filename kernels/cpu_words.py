@@ -18,7 +18,7 @@ from numba.core import cgutils
 from torch import Tensor
 
 from compress.formats import fixed
-from compress.formats.compiled import empty, intrinsic, jit
+from compress.formats.compiled import intrinsic, jit
 from compress.formats.huffman import CHUNK
 from compress.formats.threads import in_threads
 from compress.kernels import simd
@@ -48,11 +48,12 @@ def product(
     def run(x: Tensor) -> Tensor | None:
         layout = Layout(BFLOAT16, 0, UNIT, simd.lanes(), together(len(x)))
         inputs = inputs_of(x, UNIT, layout.tokens)
-        mixed = empty(inputs.shape, torch.float32).numpy()
-        if not _mix(inputs.reshape(-1), mixed.reshape(-1)):
+        dots = x.dtype == torch.bfloat16 and simd.has_dots()
+        ordered = np.empty(inputs.shape, np.uint16 if dots else np.float32)
+        if not (_words if dots else _mix)(inputs.reshape(-1), ordered.reshape(-1)):
             return None
         out = np.zeros((len(inputs), height), np.float32)
-        in_threads(_fixed_rows(layout), height, height * columns * len(x), columns, *stored, inputs, mixed, out)
+        in_threads(_fixed_rows(layout, dots), height, height * columns * len(x), columns, *stored, inputs, ordered, out)
         return torch.from_numpy(out[: len(x)])
 
     return run
@@ -61,28 +62,42 @@ def product(
 @jit
 def _mix(x, mixed):  # type: ignore[no-untyped-def]
     """Puts numbers into the order of `_floats`; whether all of them are finite."""
-    largest = np.uint32(0)
-    bits = x.view(np.uint32)
-    for i in range(bits.shape[0]):  # as integers: what is not finite is larger than any number
-        largest = max(largest, bits[i] & np.uint32(0x7FFFFFFF))
     for first in range(0, x.shape[0], STEP):
         for half in range(2):
             for q in range(4):
                 for i in range(4):
                     mixed[first + 8 * q + 4 * half + i] = x[first + 16 * half + 4 * q + i]
+    return _is_finite(x)
+
+
+@jit
+def _words(x, words):  # type: ignore[no-untyped-def]
+    """The bits of numbers that are bfloat16; whether all of them are finite."""
+    bits = x.view(np.uint32)
+    for i in range(words.shape[0]):
+        words[i] = bits[i] >> np.uint32(16)
+    return _is_finite(x)
+
+
+@jit
+def _is_finite(x):  # type: ignore[no-untyped-def]
+    largest = np.uint32(0)
+    bits = x.view(np.uint32)
+    for i in range(bits.shape[0]):  # as integers: what is not finite is larger than any number
+        largest = max(largest, bits[i] & np.uint32(0x7FFFFFFF))
     return largest < 0x7F800000
 
 
 @cache
-def _fixed_rows(layout: Layout) -> Any:
-    text, tokens = " ".join(map(str, layout)), layout.tokens
+def _fixed_rows(layout: Layout, dots: bool) -> Any:
+    text, tokens, form = " ".join(map(str, layout)), layout.tokens, f"{layout.tokens} {int(dots)}"
 
     @jit
-    def rows_of(start, stop, columns, base, packed, counts, starts, escapes, rest, x, mixed, out):  # type: ignore[no-untyped-def]
+    def rows_of(start, stop, columns, base, packed, counts, starts, escapes, rest, x, ordered, out):  # type: ignore[no-untyped-def]
         padded, total, codes = x.shape[1], rest.shape[0], packed.reshape(-1)
         words = np.zeros(columns + padded + 2 * fixed.BLOCK, np.uint16)
         found, steps, inputs = np.empty(tokens, np.float32), np.zeros(1, np.float32), x.reshape(-1)
-        shuffled, is_whole = mixed.reshape(-1), columns % fixed.BLOCK == 0 and base < MOST_BASE
+        in_order, is_whole = ordered.reshape(-1), columns % fixed.BLOCK == 0 and base < MOST_BASE
         blocks, begins = columns // fixed.BLOCK, np.empty(columns + FEW, np.int64)
         for row in range(start, stop):
             block, position = row * columns // fixed.BLOCK, starts[row]
@@ -94,7 +109,7 @@ def _fixed_rows(layout: Layout) -> Any:
                     first = row * columns
                     for token in range(0, x.shape[0], tokens):
                         spot = (block * fixed.BLOCK_BYTES, first, blocks, token * padded, padded)
-                        _whole_row((codes, rest, shuffled), spot, base, found, tokens)
+                        _whole_row((codes, rest, in_order), spot, base, found, form)
                         for t in range(tokens):
                             out[token + t, row] = found[t]
                     _columns(counts, block, blocks, begins)
@@ -191,17 +206,18 @@ def _more(i, bottom, escapes, rest, columns, x):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _whole_row(context, arrays, place, base, found, tokens):  # type: ignore[no-untyped-def]
-    """found[t] = a row of whole blocks times token t, escapes aside. arrays: codes, the other bits, inputs in the order
-    of `_floats`. place: where codes and bits of the row begin, its blocks, the first token, the columns of a token."""
-    count = tokens.literal_value
+def _whole_row(context, arrays, place, base, found, form):  # type: ignore[no-untyped-def]
+    """found[t] = a row of whole blocks times token t, escapes aside. arrays: codes, the other bits, inputs: float32 in
+    the order of `_floats`, or words of bfloat16. place: where codes and bits of the row begin, its blocks, the first
+    token, the columns of a token. form: tokens, and whether inputs are words, as text."""
+    count, dots = map(int, form.literal_value.split())
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         pairs = zip(cgutils.unpack_tuple(builder, arguments[0]), signature.args[0], strict=True)
         packed, rest, x = (simd.data(context, builder, *pair) for pair in pairs)
         code, low, blocks, token, padded = cgutils.unpack_tuple(builder, arguments[1])
         chains = 4 if count == 1 else 1  # sums that do not wait for one another
-        floats = vector(f32, STEP // 4)
+        floats, wide, size = vector(f32, STEP // (2 if dots else 4)), vector(i32, STEP // 2), 2 if dots else 4
         totals = [
             [cgutils.alloca_once_value(builder, constant(floats, 0.0)) for _ in range(chains)] for _ in range(count)
         ]
@@ -210,20 +226,22 @@ def _whole_row(context, arrays, place, base, found, tokens):  # type: ignore[no-
             codes = builder.gep(packed, [builder.add(code, builder.mul(block, integer(fixed.BLOCK_BYTES)))])
             lows = builder.gep(rest, [builder.add(low, words)])
             for number, (lower, upper) in enumerate(_bytes(builder, codes, lows, arguments[2])):
-                for q, weights in enumerate(_floats(builder, lower, upper)):
+                whole = [builder.bitcast(_joined(builder, lower, upper), wide)] if dots else None
+                for q, weights in enumerate(whole or _floats(builder, lower, upper)):
                     for t, sums in enumerate(totals):
                         column = builder.add(words, integer(STEP * number + STEP // 4 * q))
                         at = builder.add(builder.add(token, builder.mul(padded, integer(t))), column)
-                        values = load(builder, x, floats, builder.mul(at, integer(4)))
-                        chain = sums[q % chains]
-                        builder.store(simd.fma(builder, weights, values, builder.load(chain)), chain)
+                        values = load(builder, x, weights.type, builder.mul(at, integer(size)))
+                        chain = sums[(number if dots else q) % chains]
+                        add = simd.dot if dots else lambda builder, total, a, b: simd.fma(builder, a, b, total)
+                        builder.store(add(builder, builder.load(chain), weights, values), chain)
         result = simd.data(context, builder, arguments[3], signature.args[3])
         for t, sums in enumerate(totals):
             whole = reduce(builder.fadd, map(builder.load, sums))
             builder.store(simd.total(builder, whole), builder.gep(result, [integer(t)]))
         return context.get_dummy_value()
 
-    return numba.void(arrays, place, base, found, tokens), generate
+    return numba.void(arrays, place, base, found, form), generate
 
 
 @intrinsic
@@ -237,9 +255,8 @@ def _block(context, words, place, packed, code, rest, low, base):  # type: ignor
         kinds = signature.args
         pairs = [(simd.data(context, builder, arguments[i], kinds[i]), arguments[i + 1]) for i in (0, 2, 4)]
         start, codes, lows = (builder.gep(base, [offset]) for base, offset in pairs)
-        order = constant(vector(i32, 2 * STEP), [i + source for i in range(STEP) for source in (0, STEP)])
         for number, (lower, upper) in enumerate(_bytes(builder, codes, lows, arguments[6])):
-            both = builder.shuffle_vector(lower, upper, order)
+            both = _joined(builder, lower, upper)
             at = builder.gep(start, [integer(STEP * number)])
             builder.store(both, builder.bitcast(at, both.type.as_pointer()), align=1)
         return context.get_dummy_value()
@@ -272,6 +289,12 @@ def _bytes(builder: Any, codes: Any, lows: Any, base: Any) -> Iterator[tuple[Any
         lower = builder.or_(moved(rest_bits, 0, 0x7F), moved(symbol, 7, 0x80))
         upper = builder.or_(moved(rest_bits, 0, 0x80), moved(symbol, -1, 0x7F))
         yield lower, upper
+
+
+def _joined(builder: Any, lower: Any, upper: Any) -> Any:
+    """The bytes of words in their order."""
+    order = constant(vector(i32, 2 * STEP), [i + source for i in range(STEP) for source in (0, STEP)])
+    return builder.shuffle_vector(lower, upper, order)
 
 
 def _floats(builder: Any, lower: Any, upper: Any) -> Iterator[Any]:

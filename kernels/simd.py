@@ -112,6 +112,20 @@ def madd(builder: Any, a: Any, b: Any) -> Any:
     return builder.add(*(builder.mul(*part) for part in parts))
 
 
+def has_dots() -> bool:
+    """Whether products of bfloat16 are added up in float32."""
+    return "avx512bf16" in features()
+
+
+def dot(builder: Any, total: Any, a: Any, b: Any) -> Any:
+    """total + products of bfloat16, where `has_dots`. total: 16 float32. a, b: 16 pairs, as int32. Subnormal numbers
+    count as zero."""
+    kind, pairs = vector(f32, 16), vector(i32, 16)
+    name = "llvm.x86.avx512bf16.dpbf16ps.512"
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind, pairs, pairs]), name)
+    return builder.call(function, [total, a, b])
+
+
 def look_up(builder: Any, table: Any, index: Any) -> Any:
     """table: bytes, 16 and again 16. index: bytes below 16. Every index looks into the 16 bytes of its own place."""
     name = _SHUFFLE[table.type.count // 2][1]
