@@ -150,10 +150,10 @@ def test_fixed_codes_lose_nothing_but_the_order_of_the_sums(shape: tuple[int, in
     weight[2, 5], weight[-1, -1] = 1e4, 3e-9  # escapes
     scheme = make("df11", {"coding": "fixed"})
     prepared = scheme.prepare(scheme.encode(weight))
-    for tokens in (1, 6):
-        x = gaussian(tokens, shape[1], dtype=torch.float32)
-        wanted = F.linear(x.double(), weight.double())
-        assert prepared.product is not None and error(scheme.linear(x, prepared), wanted) < 1e-6
+    for tokens, dtype in itertools.product((1, 6), (torch.float32, torch.bfloat16)):
+        x = gaussian(tokens, shape[1], dtype=dtype)
+        assert prepared.product is not None and (y := prepared.product.run(x, torch.float32)) is not None
+        assert error(y, F.linear(x.double(), weight.double())) < 1e-6
 
 
 @pytest.mark.parametrize("power", [0, 70])
@@ -164,9 +164,9 @@ def test_rows_of_whole_blocks_may_hold_anything(power: int) -> None:
     weight[5, 3], weight[6, 300], weight[7, 767] = math.inf, math.nan, -(2.0 ** (power + 9))
     scheme = make("df11", {"coding": "fixed"})
     prepared = scheme.prepare(scheme.encode(weight))
-    for tokens in (1, 3, 4, 9):
-        x = gaussian(tokens, 768, dtype=torch.float32).abs()
-        y = scheme.linear(x, prepared)
+    for tokens, dtype in itertools.product((1, 3, 4, 9), (torch.float32, torch.bfloat16)):
+        x = gaussian(tokens, 768, dtype=dtype).abs()
+        assert prepared.product is not None and (y := prepared.product.run(x, torch.float32)) is not None
         wanted = F.linear(x.double(), weight.double())
         assert not y[:, 1].any() and torch.equal(y[:, 5], torch.full((tokens,), math.inf)) and y[:, 6].isnan().all()
         for row in (0, 2, 3, 4, 7):
