@@ -20,8 +20,8 @@ import numpy as np
 
 from compress.formats.compiled import jit, lines
 from compress.formats.threads import in_threads
-from compress.kernels import simd
-from compress.kernels.cpu_sign_rows import DIGIT, GROUPS, OFFSET, TILE, Form, add_looked_up, fill_table, transpose
+from compress.kernels.cpu_sign_rows import DIGIT, GROUPS, OFFSET, TILE, Form, fill_table, form, transpose
+from compress.kernels.cpu_sign_sums import add_looked_up
 from compress.kernels.cpu_signs import Signs, bfloat
 
 MOST_SUMS = 8  # of signs and tokens, that take less time than adding up the scale of every weight
@@ -36,7 +36,7 @@ def takes(planes: int, tokens: int) -> bool:
 def product(signs: Signs, x: Any) -> Any:
     """(tokens, rows) float32; None where x is not finite, or next to nothing. x: (tokens, columns) float32."""
     (rank, columns), tokens, height = signs.v.shape, len(x), len(signs.u)
-    tiles, form = -(-columns // TILE), Form(len(signs.planes), 2 * simd.lanes())
+    tiles, chosen = -(-columns // TILE), form(len(signs.planes))
     tables = lines(tokens * tiles * (rank + 1) * GROUPS * 16).reshape(tokens, tiles, rank + 1, GROUPS * 16)
     scales = np.empty((tokens, tiles, rank + 1), np.float32)
     in_threads(_fill_tables, tokens * tiles, tables.size, signs.v, x, tables, scales)
@@ -44,18 +44,8 @@ def product(signs: Signs, x: Any) -> Any:
         return None
     out = np.empty((tokens, height), np.float32)
     size = tokens * height * columns
-    in_threads(_sum_rows(form), -(-height // form.rows), size, tuple(signs), tables, scales, x, out)
+    in_threads(_sum_rows(chosen), -(-height // chosen.rows), size, tuple(signs), tables, scales, x, out)
     return out
-
-
-@jit
-def _exclusive_or(index, source, own, target):  # type: ignore[no-untyped-def]
-    """index[target] = index[source] ^ own, in blocks of its size."""
-    size, words = own.shape[0], own.view(np.uint64)
-    left = index[source * size : (source + 1) * size].view(np.uint64)
-    found = index[target * size : (target + 1) * size].view(np.uint64)
-    for i in range(words.shape[0]):
-        found[i] = left[i] ^ words[i]
 
 
 @jit
@@ -89,49 +79,47 @@ def _fill_tables(start, stop, v, x, tables, scales):  # type: ignore[no-untyped-
 
 @cache
 def _sum_rows(form: Form) -> Any:
-    text, rows, patterns, half = " ".join(map(str, form)), form.rows, 1 << (form.planes - 1), form.width // 2
-    wide, size = TILE // 8, GROUPS * form.rows
+    text, rows, patterns = " ".join(map(str, form)), form.rows, 1 << (form.planes - 1)
+    wide, size, half = TILE // 8, GROUPS * form.rows, form.width // 2 if form.groups == 1 else 1
 
     @jit
     def rows_of(start, stop, signs, tables, scales, x, out):  # type: ignore[no-untyped-def]
         """start, stop: of blocks of rows."""
         planes, u, _, coefficients, starts, columns, differences = signs
         (tokens, tiles, count), (height, width) = scales.shape, planes[0].shape
-        edge, own, index = lines(rows * wide), lines(size), lines(patterns * size)
+        edge, index = lines(rows * wide), lines(patterns * size)
         found = lines(4 * tokens * count * rows).view(np.float32)
         for block in range(start, stop):
             row = block * rows
             found[:] = 0
             for tile in range(tiles):
                 byte = tile * wide
-                ahead = wide if tile + 1 < tiles else rows * width - byte
+                ahead = (row * width + byte + wide if tile + 1 < tiles else (row + rows) * width, width)
                 for plane in range(len(planes)):
                     # Plane 0 has the signs; of the others the first has the highest bit of the code.
                     bit = 1 << (len(planes) - 1 - plane) if plane else 0
-                    target = own if plane else index[:size]
                     if row + rows <= height and byte + wide <= width:
-                        transpose(planes[plane].reshape(-1), (row * width + byte, width, ahead), target, text)
+                        transpose(planes[plane].reshape(-1), (row * width + byte, width), index, bit, text)
                     else:
                         edge[:] = 0
                         for r in range(min(rows, height - row)):
                             for b in range(min(wide, width - byte)):
                                 edge[r * wide + b] = planes[plane][row + r, byte + b]
-                        transpose(edge, (0, wide, 0), target, text)
-                    if plane:
-                        for pattern in range(bit, patterns, 2 * bit):
-                            _exclusive_or(index, pattern - bit, own, pattern)
+                        transpose(edge, (0, wide), index, bit, text)
                 for token in range(tokens):
                     arrays = (tables[token, tile].reshape(-1), scales[token, tile], coefficients, index)
-                    add_looked_up(arrays, found[token * count * rows :], count, text)
+                    add_looked_up(arrays, planes, ahead, found[token * count * rows :], count, text)
             for token in range(tokens):
-                for r in range(min(rows, height - row)):
-                    # Vectors of rows have the even ones first.
-                    place = r // (2 * half) * 2 * half + r % 2 * half + r % (2 * half) // 2
-                    factors, total = u[row + r], np.float32(0)
-                    for q in range(count):
-                        total += bfloat(factors[max(0, q - 1)]) * found[(token * count + q) * rows + place]
+                here = out[token, row : row + rows]
+                here[:] = 0
+                for q in range(count):
+                    sums = found[(token * count + q) * rows :]
+                    for r in range(here.shape[0]):
+                        # Vectors of one group's rows have the even ones first.
+                        place = r // (2 * half) * 2 * half + r % 2 * half + r % (2 * half) // 2
+                        here[r] += bfloat(u[row + r, max(0, q - 1)]) * sums[place]
+                for r in range(here.shape[0]):
                     for i in range(starts[row + r], starts[row + r + 1]):
-                        total += bfloat(differences[i]) * x[token, columns[i]]
-                    out[token, row + r] = total
+                        here[r] += bfloat(differences[i]) * x[token, columns[i]]
 
     return rows_of

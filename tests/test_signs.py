@@ -57,6 +57,17 @@ def test_products_are_those_of_the_decoded_weight(planes: int, monkeypatch: pyte
             assert error(weight, random(tokens, columns)) < BOUND, (rows, columns, rank, tokens)
 
 
+@pytest.mark.parametrize("lacking", [{"avx512vbmi"}, {"avx512vbmi", "avx512bw"}])
+def test_every_form_gives_the_same_bits(lacking: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the loops for processors with less than this one."""
+    if simd.features().isdisjoint(lacking):
+        pytest.skip("this processor has nothing of it")
+    weight, x = stack(300, 1300, 3, 4), random(2, 1300)
+    wanted, fewer = multiply(weight, x), simd.features() - lacking
+    monkeypatch.setattr(simd, "features", lambda: fewer)
+    assert torch.equal(multiply(weight, x), wanted)
+
+
 def test_signs_and_levels_by_hand() -> None:
     """Four columns with every sign and every level."""
     negative = torch.tensor([[0, 0, 0, 0], [1, 0, 1, 0], [0, 1, 1, 1]])
