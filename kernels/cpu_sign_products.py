@@ -7,8 +7,9 @@ the signs of some of the code's bits (the Walsh transform of the levels), so tha
 
 where S_p has the signs that the exclusive or of some planes gives. Of four columns, S_p @ (v_r * x) has 16 values:
 these are computed once for a token, rounded to 14 bits of the largest of a tile for the first factor, by far the
-largest, and to 7 for others, and looked up for a vector of rows at a time (`cpu_sign_rows.py`). On Gaussian weights and
-inputs that is off by 0.002, where four planes are by 0.1. What the floor adds to single weights is added behind.
+largest, and to 7 for others, and looked up for a vector of rows at a time (`cpu_sign_sums.py`): in one table or, with
+the same bits, in four beside one another. On Gaussian weights and inputs that is off by 0.002, where four planes are by
+0.1. What the floor adds to single weights is added behind.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from compress.kernels.cpu_sign_rows import DIGIT, GROUPS, OFFSET, TILE, Form, fi
 from compress.kernels.cpu_sign_sums import add_looked_up
 from compress.kernels.cpu_signs import Signs, bfloat
 
-MOST_SUMS = 8  # of signs and tokens, that take less time than adding up the scale of every weight
+# Sums of signs and tokens that take less time than adding up the scale of every weight, by the groups in a vector.
+MOST_SUMS = {1: 8, 4: 16}
 _LEAST = np.float32(1e-30)  # a largest magnitude below has no reciprocal in float32 that is large enough
 
 
 def takes(planes: int, tokens: int) -> bool:
     """Whether looking up takes less time than adding up the scale of every weight."""
-    return tokens << (planes - 1) <= MOST_SUMS
+    return tokens << (planes - 1) <= MOST_SUMS[form(planes).groups]
 
 
 def product(signs: Signs, x: Any) -> Any:
