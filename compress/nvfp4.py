@@ -89,7 +89,7 @@ class Nvfp4(Microscaling):
         if isinstance(tensors, Prepared):
             return tensors.decode()
         scales = tensors["weight_scale"].view(torch.uint8)
-        steps = float8.E4M3.to(scales.device) / tensors["weight_global_scale"]
+        steps = float8.E4M3.to(scales.device) / tensors["weight_global_scale"].flatten()  # others write it as (1, 1)
         return decode.e2m1(tensors["weight_packed"], scales, steps, self.block, self.torch_dtype)
 
     @property

@@ -169,6 +169,14 @@ def test_bits_per_weight() -> None:
     assert Nvfp4().bytes((64, 320), torch.bfloat16) * 8 == 4.5 * 64 * 320 + 32
 
 
+def test_a_global_scale_of_any_shape_is_one_number() -> None:
+    tensors = SEARCHED.encode(gaussian(0, 8, 64))
+    for shape in ((), (1, 1)):  # as others write it
+        other = {**tensors, "weight_global_scale": tensors["weight_global_scale"].reshape(shape)}
+        SEARCHED.check({name: Spec.of(name, tensor) for name, tensor in other.items()})
+        assert torch.equal(SEARCHED.decode(other), SEARCHED.decode(tensors))
+
+
 def test_a_width_that_blocks_do_not_divide_is_not_taken(tiny_model: Callable[[str], Path]) -> None:
     assert Nvfp4().takes(Spec(torch.bfloat16, (3, 48))) and not Nvfp4().takes(Spec(torch.bfloat16, (64, 40)))
     with pytest.raises(ValueError, match="nvfp4: in_features 40 is not a multiple of 16"):
