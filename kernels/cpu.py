@@ -106,7 +106,8 @@ def dense(x: Tensor, shape: tuple[int, int], rows: Callable[[slice], Tensor], bi
     float32 where this processor multiplies that faster."""
     height, columns = shape
     differentiated = torch.is_grad_enabled() and x.requires_grad
-    if x.device.type != "cpu" or differentiated or height * columns < LEAST or _DECODED.get():
+    few = height * columns < LEAST
+    if x.device.type != "cpu" or differentiated or few or _DECODED.get() or torch.is_autocast_enabled("cpu"):
         return F.linear(x, rows(slice(0, height)).to(x.dtype), bias)
     narrow, dtype = x.dtype in (torch.bfloat16, torch.float16), x.dtype
     if narrow and measured.is_wider_faster(x.dtype, math.prod(x.shape[:-1])):

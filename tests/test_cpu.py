@@ -358,6 +358,14 @@ def test_a_copy_of_a_layer_multiplies_with_its_own_tensors() -> None:
     assert not other(x).any() and torch.equal(layer(x), before)
 
 
+def test_autocast_decides_the_dtype_of_large_and_small_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    for least in (1, 1 << 30):
+        monkeypatch.setattr(cpu, "LEAST", least)
+        layer = compress.linear(gaussian(64, 128), "int4", method="rtn")
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert layer(gaussian(2, 128, dtype=torch.float32)).dtype == torch.bfloat16
+
+
 def test_a_gradient_of_the_inputs_goes_through_the_decoded_weight() -> None:
     layer = compress.linear(gaussian(64, 128, dtype=torch.float32), "int4", method="rtn")
     x = gaussian(2, 128, dtype=torch.float32).requires_grad_()
