@@ -193,7 +193,7 @@ class Scheme(ABC):
 
     def rows(self, tensors: Any, index: Tensor) -> Tensor:
         """decode(tensors)[index]. Override where a few rows cost less than all of them, and have no `row_tensors`."""
-        if not self.row_tensors or not isinstance(tensors, dict):
+        if not self.row_tensors or not isinstance(tensors, dict) or not index.numel():
             return self.decode(tensors)[index]
         found = self.decode(self.part(tensors, index.flatten()))
         return found.view(*index.shape, found.shape[1])

@@ -120,8 +120,9 @@ def test_rows_are_those_of_the_decoded_weight(scheme: Scheme) -> None:
             continue
         fitted = scheme.fit(shape)
         tensors = encode(fitted, gaussian(shape))
-        index = torch.tensor([[shape[0] - 1, 0, 0], [shape[0] // 2, 0, shape[0] - 1]])
-        assert torch.equal(fitted.rows(tensors, index), fitted.decode(tensors)[index])
+        several = torch.tensor([[shape[0] - 1, 0, 0], [shape[0] // 2, 0, shape[0] - 1]])
+        for index in (several, several[0, 0], several[:, :0]):  # one number, and none
+            assert torch.equal(fitted.rows(tensors, index), fitted.decode(tensors)[index])
 
 
 @pytest.mark.parametrize("scheme", EVERY)
