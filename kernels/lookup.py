@@ -18,6 +18,8 @@ from compress.kernels.cpu_levels import take
 from compress.kernels.decode import unpack_row
 from compress.kernels.op import Layout, Packed
 
+WORTH = 64  # columns with the same table, which is then laid out for vectors: of fewer that takes longer than they do
+
 
 def decode(indices: Tensor, tables: Tensor, shape: tuple[int, int], rows: int, columns: int) -> Tensor:
     """tables[row // rows, column // columns, index] at every place: a tensor of `shape`, in the tables' dtype.
@@ -160,7 +162,7 @@ def _lookup_rows(start, stop, source, levels, rows, columns, bits, out):  # type
         for block in range(levels.shape[1]):
             table, part = levels[row // rows, block], out[row, block * columns : (block + 1) * columns]
             chosen = codes[block * columns : (block + 1) * columns]
-            if out.itemsize == 2:
+            if out.itemsize == 2 and columns >= WORTH:
                 take(table, chosen, part)
             else:
                 for i in range(part.shape[0]):
