@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compress.formats.compiled import empty, jit
 from compress.formats.threads import in_threads
-from compress.kernels import lookup, prepared
+from compress.kernels import cpu, lookup, prepared
 from compress.kernels.cpu_levels import take_groups
 from compress.kernels.decode import store
 from compress.kernels.op import Layout, Packed
@@ -83,7 +83,12 @@ def _decode(weight: Blocks) -> Tensor:
     return decode(weight.packed, weight.absmax, weight.levels, weight.block_size, weight.shape, weight.dtype)
 
 
-LAYOUT = Layout("nf4", Blocks, _decode)
+def _linear(x: Tensor, weight: Blocks, bias: Tensor | None) -> Tensor:
+    rows, columns = weight.shape
+    return cpu.dense(x, (rows, columns), _decode(weight).__getitem__, bias)
+
+
+LAYOUT = Layout("nf4", Blocks, _decode, _linear)
 
 
 def _check(name: str, tensor: Tensor, dtype: torch.dtype, count: int) -> None:

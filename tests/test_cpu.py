@@ -101,6 +101,18 @@ def test_a_decoded_weight_is_multiplied_in_parts(
         assert error(scheme.linear(x, held, bias), wanted) < bound
 
 
+def test_nf4_is_multiplied_as_it_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPRESS_CPU_PATH", "dense")
+    monkeypatch.setattr(cpu, "LEAST", 1)
+    monkeypatch.setattr(cpu, "_AT_ONCE", 1)
+    asked: list[Any] = []
+    monkeypatch.setattr(measured, "is_wider_faster", lambda *how: asked.append(how) or True)
+    scheme, tensors = stored("nf4", (83, 128))
+    x, prepared = gaussian(40, 128), scheme.prepare(tensors)
+    wanted = F.linear(x.float(), scheme.decode(tensors).float()).to(x.dtype)
+    assert torch.equal(scheme.linear(x, prepared), wanted) and asked == [(x.dtype, 40)]
+
+
 @pytest.mark.parametrize("columns", [64, 131, 136, 250])
 def test_planes_of_any_width_are_summed_up_once(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last vector of columns overlaps with the one before it."""
