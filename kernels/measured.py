@@ -43,7 +43,7 @@ def most_tokens(
         def seconds(first: float, second: float, tokens: int) -> float:
             return first + max(0.0, second - first) * (tokens - few) / (more - few)
 
-        slower = [m for m in SIZES if seconds(*found[:2], m) > seconds(*found[2:], m)]
+        slower = [m for m in SIZES if seconds(found[0], found[1], m) > seconds(found[2], found[3], m)]
         if not slower:
             return MANY
         return max((size for size in SIZES if size < slower[0]), default=SIZES[0] - 1)
