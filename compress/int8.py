@@ -93,7 +93,7 @@ class Int8(Int4):
         if not self._quantizes or isinstance(tensors, Prepared):
             return super().decode(tensors)
         weight, scales = tensors["weight"], tensors["weight_scale"]
-        decoded: Tensor = weight.to(scales.dtype) * scales
+        decoded: Tensor = weight.to(scales.dtype) * scales.view(-1, 1)  # others write (out_features,)
         return decoded
 
     @property

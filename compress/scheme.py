@@ -215,16 +215,16 @@ class Scheme(ABC):
 
         tensors: as stored, or as `prepare` returns them: then without a decoded weight where that is better.
         """
-        y = cpu.multiply(x, tensors, bias, lambda x: self._dense(x, tensors, None))
+        y = cpu.multiply(x, tensors, bias, lambda x: self.dense(x, tensors))
         if y is not None:
             return y
         differentiated = torch.is_grad_enabled() and x.requires_grad  # fused kernels have no backward pass
         if isinstance(tensors, Prepared) and not differentiated:
             return tensors.linear(x, bias)
-        return self._dense(x, tensors, bias)
+        return self.dense(x, tensors, bias)
 
-    def _dense(self, x: Tensor, tensors: Any, bias: Tensor | None) -> Tensor:
-        """With a decoded weight."""
+    def dense(self, x: Tensor, tensors: Any, bias: Tensor | None = None) -> Tensor:
+        """x @ W.T + bias with a decoded weight."""
         if self.lossless:  # gives the bits that the original gives, whatever is faster
             return F.linear(x, self.decode(tensors).to(x.dtype), bias)
         if not self.row_tensors or not isinstance(tensors, dict):

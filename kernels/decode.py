@@ -215,7 +215,7 @@ def _e4m3_rows(start, stop, out, dropped, codes, scales, rows_per_scale, columns
     columns, edge, words = out.shape[1], np.zeros(32, np.uint8), np.empty(256, np.uint16)
     values = np.empty(columns + 32, np.float32)
     for row in range(start, stop):
-        if dropped and scales.shape[1] == 1:
+        if dropped and scales.shape[1] == 1 and columns >= words.shape[0]:
             store(levels * scales[row // rows_per_scale, 0], words, dropped)
             take(words, codes[row], out[row])
             continue

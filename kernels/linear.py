@@ -8,7 +8,6 @@ from operator import is_not
 from typing import Any, ClassVar, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.formats.compiled import copied
@@ -20,8 +19,6 @@ from compress.kernels.prepared import Prepared
 class RunningScheme(Protocol):
     """What a scheme must do to run. `prepare` makes of the stored tensors what the others take."""
 
-    lossless: ClassVar[bool]
-
     def prepare(self, tensors: dict[str, Tensor]) -> Any: ...
 
     def decode(self, tensors: Any) -> Tensor: ...
@@ -31,6 +28,8 @@ class RunningScheme(Protocol):
     def dtype_of(self, tensors: dict[str, Tensor]) -> torch.dtype: ...
 
     def linear(self, x: Tensor, tensors: Any, bias: Tensor | None = None) -> Tensor: ...
+
+    def dense(self, x: Tensor, tensors: Any, bias: Tensor | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -54,18 +53,16 @@ class Stored:
         return _SCHEMES[self.scheme]
 
     def decode(self) -> Tensor:
-        return self.known.decode(dict(zip(self.names, self.tensors, strict=True)))
+        return self.known.decode(self._named)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """As the layer that has these tensors multiplies uncompiled."""
-        y = cpu.multiply(x, self.running, bias, lambda x: self._dense(x, None))
-        return self._dense(x, bias) if y is None else y
+        y = cpu.multiply(x, self.running, bias, lambda x: self.known.dense(x, self._named))
+        return self.known.dense(x, self._named, bias) if y is None else y
 
-    def _dense(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        weight = self.decode()
-        if self.known.lossless:
-            return F.linear(x, weight.to(x.dtype), bias)
-        return cpu.dense(x, (weight.shape[0], weight.shape[1]), weight.__getitem__, bias)
+    @property
+    def _named(self) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.tensors, strict=True))
 
 
 _SCHEMES: dict[str, RunningScheme] = {}

@@ -27,6 +27,7 @@ SIZES = (16, 64, 256, 1024)  # tokens that torch's product is timed with
 SHAPE = (512, 1024)  # of the weight that it is timed with
 MANY = 1 << 30
 ROUNDS = 5
+_clock = time.process_time if time.get_clock_info("process_time").resolution < 1e-5 else time.perf_counter
 _LOCK = threading.RLock()  # measuring one thing may ask for another
 
 
@@ -70,16 +71,16 @@ def _torch_seconds(dtype: torch.dtype, tokens: int) -> tuple[float, float]:
 
 
 def _seconds(*functions: Callable[[], Any]) -> list[float]:
-    """The least of each, which take turns; of all threads: to wait for a core that others use does not count."""
+    """The least of each, which take turns; of all threads, where that is known: to wait for a core does not count."""
     found: list[list[float]] = [[] for _ in functions]
     with torch.no_grad():
         for function in functions:
             function()
         for _ in range(ROUNDS):
             for function, times in zip(functions, found, strict=True):
-                begin = time.process_time()
+                begin = _clock()
                 function()
-                times.append(time.process_time() - begin)
+                times.append(_clock() - begin)
     return [min(times) for times in found]
 
 

@@ -71,3 +71,11 @@ def test_options_of_grouped_weights_do_not_go_with_quantized_activations(option:
     make("int8", option)
     with pytest.raises(ValueError, match="leave out bits, group_size and symmetric"):
         make("int8", {**option, "activations": "dynamic"})
+
+
+def test_scales_without_a_second_dimension_are_those_of_rows() -> None:
+    weight = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    tensors = compress.encode(weight, "int8", activations="dynamic")
+    others = {**tensors, "weight_scale": tensors["weight_scale"].flatten()}
+    found, wanted = (compress.decode(some, "int8", activations="dynamic") for some in (others, tensors))
+    assert torch.equal(found, wanted)
