@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+import compress
 from compress.int4 import Int4
 from compress.int8 import Int8
 from compress.registry import make
