@@ -1,8 +1,9 @@
 """Products with losslessly coded bfloat16 on the CPU.
 
-Where rows are whole blocks, words are decoded in registers, 32 at a time, and multiplied there. All escapes have code 0
-then: the differences that they make are added behind. Other rows, and those of many escapes (zeros, for which nothing
-may remain of two large sums), are decoded into the cache nearest to the processor, and multiplied from there.
+Where rows are whole blocks, words are decoded in registers, 32 at a time, and multiplied there, with inputs in bfloat16
+as they are where the processor does that (it takes subnormal numbers for zero). All escapes have code 0 then: the
+differences that they make are added behind. Other rows, and those of many escapes (zeros, for which nothing may remain
+of two large sums), are decoded into the cache nearest to the processor, and multiplied from there.
 """
 
 from __future__ import annotations
@@ -221,20 +222,23 @@ def _whole_row(context, arrays, place, base, found, form):  # type: ignore[no-un
         totals = [
             [cgutils.alloca_once_value(builder, constant(floats, 0.0)) for _ in range(chains)] for _ in range(count)
         ]
+
+        def added(sums: Any, weights: Any, values: Any) -> Any:
+            return simd.dot(builder, sums, weights, values) if dots else simd.fma(builder, weights, values, sums)
+
         with cgutils.for_range_slice(builder, integer(0), blocks, integer(1), inc=True) as (block, _):
             words = builder.mul(block, integer(fixed.BLOCK))
             codes = builder.gep(packed, [builder.add(code, builder.mul(block, integer(fixed.BLOCK_BYTES)))])
             lows = builder.gep(rest, [builder.add(low, words)])
             for number, (lower, upper) in enumerate(_bytes(builder, codes, lows, arguments[2])):
-                whole = [builder.bitcast(_joined(builder, lower, upper), wide)] if dots else None
-                for q, weights in enumerate(whole or _floats(builder, lower, upper)):
+                joined = [builder.bitcast(_joined(builder, lower, upper), wide)] if dots else None
+                for q, weights in enumerate(joined or _floats(builder, lower, upper)):
                     for t, sums in enumerate(totals):
                         column = builder.add(words, integer(STEP * number + STEP // 4 * q))
                         at = builder.add(builder.add(token, builder.mul(padded, integer(t))), column)
                         values = load(builder, x, weights.type, builder.mul(at, integer(size)))
                         chain = sums[(number if dots else q) % chains]
-                        add = simd.dot if dots else lambda builder, total, a, b: simd.fma(builder, a, b, total)
-                        builder.store(add(builder, builder.load(chain), weights, values), chain)
+                        builder.store(added(builder.load(chain), weights, values), chain)
         result = simd.data(context, builder, arguments[3], signature.args[3])
         for t, sums in enumerate(totals):
             whole = reduce(builder.fadd, map(builder.load, sums))

@@ -46,7 +46,7 @@ def has_long_tables() -> bool:
 
 
 def has_wide_tables() -> bool:
-    """Whether they can be in a table of 64, and every four of them be added up."""
+    """Whether vectors of bytes can be looked up in a table of 64, and every four of them be added up."""
     return {"avx512vbmi", "avx512vnni"} <= features()
 
 
