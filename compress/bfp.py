@@ -23,6 +23,7 @@ from compress.kernels import bfp as kernels
 from compress.kernels import cpu, decode
 from compress.kernels.cpu import Product
 from compress.kernels.prepared import Prepared
+from compress.kernels.rows import Rows
 from compress.microscaling import Element, compensate_on, search, weighting
 from compress.scheme import Scheme, Spec, Tensors
 from compress.stats import Stats
@@ -115,15 +116,18 @@ class Bfp(Scheme):
         """tensors: as stored, or as `prepare` returns them."""
         if isinstance(tensors, Prepared):
             return tensors.decode()
-        like = tensors["like"]
-        form = self._format(like.dtype)
-        return decode.bfp(tensors["mantissa"], tensors["exponent"], form, like.shape[2])
+        return decode.bfp(*self._blocks(tensors))
+
+    def loop(self, tensors: Tensors) -> Rows | None:
+        return decode.bfp_rows(*self._blocks(tensors))
 
     def prepare(self, tensors: Tensors) -> Any:
+        return kernels.on_gpu(*self._blocks(tensors)) or super().prepare(tensors)
+
+    def _blocks(self, tensors: Tensors) -> tuple[Tensor, Tensor, Format, int]:
+        """Mantissas and exponents, their format, and the columns."""
         like = tensors["like"]
-        form = self._format(like.dtype)
-        found = kernels.on_gpu(tensors["mantissa"], tensors["exponent"], form, like.shape[2])
-        return found or super().prepare(tensors)
+        return tensors["mantissa"], tensors["exponent"], self._format(like.dtype), like.shape[2]
 
     def product(self, tensors: Tensors) -> Product | None:
         mantissas, exponents, bits = tensors["mantissa"], tensors["exponent"], self.mantissa_bits

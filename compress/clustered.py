@@ -17,6 +17,7 @@ from compress.formats import bitpack, datatypes
 from compress.kernels import cpu, lookup
 from compress.kernels.cpu import Product
 from compress.kernels.prepared import Prepared
+from compress.kernels.rows import Rows
 from compress.scheme import Scheme, Spec, Tensors
 
 NESTED_VALUES = 1 << 16  # share a codebook at least: of fewer, the best cells of two widths differ too much
@@ -94,11 +95,18 @@ class Clustered(Scheme):
         """tensors: as stored, or as `prepare` returns them."""
         if isinstance(tensors, Prepared):
             return tensors.decode()
+        decoded = lookup.decode(*self._tables(tensors))
+        return outliers.put(decoded, tensors) if "outlier_start" in tensors else decoded
+
+    def loop(self, tensors: Tensors) -> Rows | None:
+        return None if "outlier_start" in tensors else lookup.decode_rows(*self._tables(tensors))
+
+    def _tables(self, tensors: Tensors) -> tuple[Tensor, Tensor, tuple[int, int], int, int]:
+        """As `lookup.decode` takes them."""
         like: Tensor = tensors["like"]
         shape = (tensors["indices"].shape[-2], like.shape[2])
         levels, rows, columns = self.levels(tensors, *shape)
-        decoded = lookup.decode(tensors["indices"], codebooks.cast(levels, like.dtype), shape, rows, columns)
-        return outliers.put(decoded, tensors) if "outlier_start" in tensors else decoded
+        return tensors["indices"], codebooks.cast(levels, like.dtype), shape, rows, columns
 
     @property
     def row_tensors(self) -> frozenset[str]:

@@ -20,6 +20,7 @@ from compress.kernels import activations as kernels
 from compress.kernels import cpu, decode, groups
 from compress.kernels.cpu import Product
 from compress.kernels.prepared import Prepared, with_input_scale
+from compress.kernels.rows import Rows
 from compress.scheme import Scheme, Spec, Tensors
 from compress.stats import Stats
 
@@ -83,8 +84,10 @@ class Fp8(Scheme):
         """tensors: as stored, or as `prepare` returns them."""
         if isinstance(tensors, Prepared):
             return tensors.decode()
-        scales, block = self._blocks(tensors)
-        return decode.e4m3(tensors["weight"], scales, block)
+        return decode.e4m3(tensors["weight"], *self._blocks(tensors))
+
+    def loop(self, tensors: Tensors) -> Rows | None:
+        return decode.e4m3_rows(tensors["weight"], *self._blocks(tensors))
 
     @property
     def row_tensors(self) -> frozenset[str]:

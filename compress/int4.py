@@ -21,6 +21,7 @@ from compress.kernels import cpu, decode, groups
 from compress.kernels.cpu import Product
 from compress.kernels.op import Packed
 from compress.kernels.prepared import Prepared
+from compress.kernels.rows import Rows
 from compress.scheme import Scheme, Spec, Tensors
 from compress.stats import Stats
 
@@ -130,6 +131,10 @@ class Int4(Scheme):
         packed, scales = tensors["weight_packed"], tensors["weight_scale"]
         return decode.groups(packed, scales, self._zeros(tensors), self.bits, self.group_size)
 
+    def loop(self, tensors: Tensors) -> Rows | None:
+        packed, scales = tensors["weight_packed"], tensors["weight_scale"]
+        return decode.groups_rows(packed, scales, self._zeros(tensors), self.bits, self.group_size)
+
     def rows(self, tensors: Any, index: Tensor) -> Tensor:
         flat = index.flatten()
         if isinstance(tensors, Packed):
@@ -140,18 +145,6 @@ class Int4(Scheme):
         zeros, stored = self._zeros(tensors), (tensors["weight_packed"][flat], tensors["weight_scale"][flat])
         found = decode.groups(*stored, None if zeros is None else zeros[flat], self.bits, self.group_size)
         return found.view(*index.shape, found.shape[1])
-
-    @property
-    def row_tensors(self) -> frozenset[str]:
-        return frozenset(["weight_packed", "weight_scale"])
-
-    def part(self, tensors: Tensors, rows: slice | Tensor) -> Tensors:
-        found = super().part(tensors, rows)
-        if not self.symmetric:
-            assert isinstance(rows, slice)  # zeros are packed along the rows: 32 of them fill whole words
-            words = slice(rows.start * self.bits // 32, -(-rows.stop * self.bits // 32))
-            found["weight_zero_point"] = tensors["weight_zero_point"][words]
-        return found
 
     def prepare(self, tensors: Tensors) -> Any:
         packed, scales = tensors["weight_packed"], tensors["weight_scale"]

@@ -16,9 +16,10 @@ from compress.activations import Activations, form, input_scale
 from compress.fold import Kind
 from compress.int4 import Int4
 from compress.kernels import activations as kernels
-from compress.kernels import groups
+from compress.kernels import decode, groups
 from compress.kernels.cpu import Product
 from compress.kernels.prepared import Prepared, with_input_scale
+from compress.kernels.rows import Rows
 from compress.scheme import Spec, Tensors
 from compress.stats import Stats
 
@@ -95,6 +96,11 @@ class Int8(Int4):
         weight, scales = tensors["weight"], tensors["weight_scale"]
         decoded: Tensor = weight.to(scales.dtype) * scales.view(-1, 1)  # others write (out_features,)
         return decoded
+
+    def loop(self, tensors: Tensors) -> Rows | None:
+        if not self._quantizes:
+            return super().loop(tensors)
+        return decode.int8_rows(tensors["weight"], tensors["weight_scale"].view(-1, 1))
 
     @property
     def row_tensors(self) -> frozenset[str]:

@@ -20,6 +20,7 @@ from compress.formats.float4 import E8M0
 from compress.kernels import cpu, decode, groups
 from compress.kernels.cpu import Product
 from compress.kernels.prepared import Prepared
+from compress.kernels.rows import Rows
 from compress.microscaling import E2M1, E4M3, Microscaling, search, weighting
 from compress.scheme import Spec, Tensors
 from compress.stats import Stats
@@ -100,6 +101,10 @@ class Mxfp4(_Mx):
         scales = tensors["weight_scale"]
         return decode.e2m1(tensors["weight_packed"], scales, E8M0.to(scales.device), self.block, self.torch_dtype)
 
+    def loop(self, tensors: Tensors) -> Rows | None:
+        packed, scales = tensors["weight_packed"], tensors["weight_scale"]
+        return decode.e2m1_rows(packed, scales, E8M0, self.block, self.torch_dtype)
+
     def prepare(self, tensors: Tensors) -> Any:
         packed, scales = tensors["weight_packed"], tensors["weight_scale"]
         shape, block = (packed.shape[0], 2 * packed.shape[1]), (1, self.block)
@@ -150,6 +155,10 @@ class Mxfp8(_Mx):
             return tensors.decode()
         return decode.e4m3(tensors["weight"], _scales(tensors["weight_scale"]), (1, self.block), self.torch_dtype)
 
+    def loop(self, tensors: Tensors) -> Rows | None:
+        scales = _scales(tensors["weight_scale"])
+        return decode.e4m3_rows(tensors["weight"], scales, (1, self.block), self.torch_dtype)
+
     def prepare(self, tensors: Tensors) -> Any:
         weight, scales = tensors["weight"], tensors["weight_scale"]
         shape, block = (weight.shape[0], weight.shape[1]), (1, self.block)
@@ -172,4 +181,6 @@ class Mxfp8(_Mx):
 
 
 def _scales(exponents: Tensor) -> Tensor:
+    if exponents.device.type == "cpu":
+        return exponents.view(torch.float8_e8m0fnu).float()  # sooner than they are looked up
     return E8M0.to(exponents.device)[exponents.int()]

@@ -21,6 +21,7 @@ from compress.formats.float8 import E4M3_MAX
 from compress.kernels import cpu, decode, groups
 from compress.kernels.cpu import Product
 from compress.kernels.prepared import Prepared
+from compress.kernels.rows import Rows
 from compress.microscaling import E2M1, Microscaling, search, weighting
 from compress.scheme import Spec, Tensors
 from compress.stats import Stats
@@ -88,9 +89,16 @@ class Nvfp4(Microscaling):
         """tensors: as stored, or as `prepare` returns them."""
         if isinstance(tensors, Prepared):
             return tensors.decode()
+        return decode.e2m1(*self._codes(tensors))
+
+    def loop(self, tensors: Tensors) -> Rows | None:
+        return decode.e2m1_rows(*self._codes(tensors))
+
+    def _codes(self, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, int, torch.dtype]:
+        """As `decode.e2m1` takes them."""
         scales = tensors["weight_scale"].view(torch.uint8)
         steps = float8.E4M3.to(scales.device) / tensors["weight_global_scale"].flatten()  # others write it as (1, 1)
-        return decode.e2m1(tensors["weight_packed"], scales, steps, self.block, self.torch_dtype)
+        return tensors["weight_packed"], scales, steps, self.block, self.torch_dtype
 
     @property
     def row_tensors(self) -> frozenset[str]:

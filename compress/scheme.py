@@ -17,6 +17,7 @@ from compress.fold import Kind
 from compress.kernels import cpu
 from compress.kernels.cpu import Product
 from compress.kernels.prepared import Prepared
+from compress.kernels.rows import Rows
 from compress.stats import Stats
 
 if TYPE_CHECKING:
@@ -161,6 +162,10 @@ class Scheme(ABC):
         stats: of the inputs of the linear layer; None where nothing was calibrated.
         """
 
+    def loop(self, tensors: Tensors) -> Rows | None:
+        """What decodes a few rows of these, which are on the CPU, where a compiled loop does all of that."""
+        return None
+
     @abstractmethod
     def decode(self, tensors: Any) -> Tensor:
         """The weight that `tensors`, as stored or as `prepare` returns them, stand for: (out_features, in_features), in
@@ -195,12 +200,9 @@ class Scheme(ABC):
         """decode(tensors)[index]. Override where a few rows cost less than all of them, and have no `row_tensors`."""
         if not self.row_tensors or not isinstance(tensors, dict) or not index.numel():
             return self.decode(tensors)[index]
-        found = self.decode(self.part(tensors, index.flatten()))
+        chosen, names = index.flatten(), self.row_tensors
+        found = self.decode({name: tensor[chosen] if name in names else tensor for name, tensor in tensors.items()})
         return found.view(*index.shape, found.shape[1])
-
-    def part(self, tensors: Tensors, rows: slice | Tensor) -> Tensors:
-        """What is stored of some rows, where there are `row_tensors`."""
-        return {name: tensor[rows] if name in self.row_tensors else tensor for name, tensor in tensors.items()}
 
     @abstractmethod
     def original(self, specs: Mapping[str, Spec]) -> Spec:
@@ -227,11 +229,11 @@ class Scheme(ABC):
         """x @ W.T + bias with a decoded weight."""
         if self.lossless:  # gives the bits that the original gives, whatever is faster
             return F.linear(x, self.decode(tensors).to(x.dtype), bias)
-        if not self.row_tensors or not isinstance(tensors, dict):
-            weight = self.decode(tensors)
-            return cpu.dense(x, (weight.shape[0], weight.shape[1]), weight.__getitem__, bias)
-        height = next(len(tensor) for name, tensor in tensors.items() if name in self.row_tensors)
-        return cpu.dense(x, (height, x.shape[-1]), lambda part: self.decode(self.part(tensors, part)), bias)
+        rows = self.loop(tensors) if x.device.type == "cpu" and isinstance(tensors, dict) else None
+        if rows is not None:
+            return cpu.dense(x, rows.shape, rows, bias)
+        weight = self.decode(tensors)
+        return cpu.dense(x, (weight.shape[0], weight.shape[1]), weight.__getitem__, bias)
 
     @property
     def interchange(self) -> dict[str, Any] | None:

@@ -186,16 +186,36 @@ def _part(context: Any, builder: Any, arguments: Any, shared: Any) -> Any:
     builder.cbranch(builder.icmp_signed("<", number, parts), body, end)
     builder.position_at_end(body)
     bounds = [builder.sdiv(builder.mul(rows, n), parts) for n in (number, builder.add(number, _integer(1)))]
-    types_, call = (types.int64, types.int64, *arguments.types), context.call_conv
-    loop = builder.inttoptr(builder.load(field(_ENTRY)), call.get_function_type(types.none, types_).as_pointer())
     values = [*bounds, *cgutils.unpack_tuple(builder, builder.load(field(_ARGUMENTS)))]
-    status, _ = call.call_function(builder, loop, types.none, types_, values)
+    status = _called(context, builder, builder.load(field(_ENTRY)), values, arguments)
     with builder.if_then(status.is_error):
         builder.store(_integer(1), field(_FAILED))
     builder.branch(again)
     builder.position_at_end(end)
     builder.ret_void()
     return function
+
+
+@intrinsic
+def call(context, entry, start, stop, arguments):  # type: ignore[no-untyped-def]
+    """Calls entry(start, stop, *arguments) from another loop; fails where that does. entry: of a loop, for arguments of
+    these types."""
+
+    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        loop, *bounds, rest = values
+        status = _called(context, builder, loop, [*bounds, *cgutils.unpack_tuple(builder, rest)], signature.args[3])
+        with builder.if_then(status.is_error):
+            context.call_conv.return_status_propagate(builder, status)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3, arguments), generate
+
+
+def _called(context: Any, builder: Any, entry: Any, values: list[Any], arguments: Any) -> Any:
+    """The status of a loop's call. arguments: the types in numba of those behind start and stop."""
+    kinds, convention = (types.int64, types.int64, *arguments.types), context.call_conv
+    loop = builder.inttoptr(entry, convention.get_function_type(types.none, kinds).as_pointer())
+    return convention.call_function(builder, loop, types.none, kinds, values)[0]
 
 
 def _after_fork() -> None:

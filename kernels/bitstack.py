@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.formats.compiled import empty, float_bits, jit
+from compress.formats.compiled import float_bits, jit
 from compress.formats.threads import in_threads
 from compress.kernels import cpu, cpu_planes, cpu_sign_products, cpu_signs, prepared, simd
 from compress.kernels.cpu import Product
 from compress.kernels.op import Layout, Packed
+from compress.kernels.rows import Rows
 
 FLOOR = 1 / 16  # of the first factors' product: where the others take more than that away, they do no longer
 
@@ -62,7 +63,7 @@ class Planes:
                 if y is not None:
                     return torch.from_numpy(y)
             padded = F.pad(wide, (0, -columns % 128)).contiguous()
-            return torch.from_numpy(cpu_planes.product(*_arrays(self), padded.numpy(), columns))
+            return torch.from_numpy(cpu_planes.product(_arrays(self), padded.numpy(), columns))
 
         return Product(f"{len(self.planes)} bit planes of rank {self.u.shape[1]}", self.shape, run)
 
@@ -136,19 +137,22 @@ def decode(stack: Planes) -> Tensor:
         from compress.kernels import bitstack_triton  # imports triton, which a machine without a GPU need not have
 
         return bitstack_triton.decode(stack)
+    rows = decode_rows(stack)
+    return decode_torch(stack) if rows is None else rows.whole
+
+
+def decode_rows(stack: Planes) -> Rows | None:
+    """`decode` on the CPU; None where plain torch does it."""
     if stack.u.device.type != "cpu" or not cpu_planes.can_run(stack.shape[1]):
-        return decode_torch(stack)
-    (m, n), narrow = stack.shape, stack.dtype == torch.bfloat16
-    out = empty((m, n), torch.int16 if narrow else torch.int32)
-    words = out.numpy().view(np.uint16 if narrow else np.uint32)
-    cpu_planes.decode(*_arrays(stack), words, 16 if narrow else 0)
-    return out.view(torch.bfloat16) if narrow else out.view(torch.float32).to(stack.dtype)
+        return None
+    made = torch.bfloat16 if stack.dtype == torch.bfloat16 else torch.float32
+    return Rows(cpu_planes.loop(len(stack.planes)), stack.shape, stack.dtype, made, _arrays(stack))
 
 
-def _arrays(stack: Planes) -> tuple[Any, Any, Any, float, Any, float]:
-    """What both loops of `cpu_planes` take of a stack, on the CPU."""
-    largest = torch.finfo(stack.dtype).max
-    return _places(stack).numpy(), _words(stack.u), stack.vectors, FLOOR, stack.levels.numpy(), largest
+def _arrays(stack: Planes) -> tuple[Any, ...]:
+    """What the loops of `cpu_planes` take of a stack, on the CPU."""
+    numbers = (np.float32(FLOOR), np.float32(torch.finfo(stack.dtype).max))
+    return _places(stack).numpy(), _words(stack.u), stack.vectors, stack.levels.numpy(), *numbers
 
 
 def _words(factor: Tensor) -> Any:
@@ -200,7 +204,8 @@ def linear(x: Tensor, stack: Planes, bias: Tensor | None = None) -> Tensor:
 
 
 def _dense(x: Tensor, stack: Planes, bias: Tensor | None) -> Tensor:
-    return cpu.dense(x, stack.shape, lambda part: decode(stack.rows(part)), bias)
+    rows = decode_rows(stack)
+    return cpu.dense(x, stack.shape, decode(stack).__getitem__ if rows is None else rows, bias)
 
 
 def pack(stack: Planes) -> Packed:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from compress.formats import fixed
 from compress.kernels import cpu_codes, cpu_floats, cpu_words, measured
+from compress.kernels.rows import Rows
 
 FEW = 4  # tokens, for which reading a weight is what takes time: a decoded one is larger, and is written and read
 LEAST = 1 << 16  # weights: of fewer, calling a compiled product takes longer than it
@@ -109,18 +110,30 @@ def dense(x: Tensor, shape: tuple[int, int], rows: Callable[[slice], Tensor], bi
     few = height * columns < LEAST
     if x.device.type != "cpu" or differentiated or few or _DECODED.get() or torch.is_autocast_enabled("cpu"):
         return F.linear(x, rows(slice(0, height)).to(x.dtype), bias)
-    narrow, dtype = x.dtype in (torch.bfloat16, torch.float16), x.dtype
-    if narrow and measured.is_wider_faster(x.dtype, math.prod(x.shape[:-1])):
+    flat = x.reshape(-1, columns)
+    if isinstance(rows, Rows) and rows.takes(flat) and len(flat):
+        if len(flat) <= measured.most_tokens(_IN_CACHE, shape, rows.product, lambda x: _in_parts(x, shape, rows, None)):
+            y = rows.product(flat)
+            y = y if bias is None else y.add_(bias)
+            return y.to(x.dtype).view(*x.shape[:-1], height)
+    return _in_parts(flat, shape, rows, bias).view(*x.shape[:-1], height)
+
+
+def _in_parts(x: Tensor, shape: tuple[int, int], rows: Callable[[slice], Tensor], bias: Tensor | None) -> Tensor:
+    """`dense` of (tokens, columns), by torch."""
+    (height, columns), dtype = shape, x.dtype
+    if dtype in (torch.bfloat16, torch.float16) and measured.is_wider_faster(dtype, len(x)):
         dtype = torch.float32
-    y, inputs = x.new_empty(*x.shape[:-1], height), x.to(dtype)
+    y, inputs = x.new_empty(len(x), height), x.to(dtype)
     step = max(32, _AT_ONCE // (columns * dtype.itemsize) // 32 * 32)
     for first in range(0, height, step):
         part = slice(first, min(first + step, height))
-        y[..., part] = F.linear(inputs, rows(part).to(dtype), None if bias is None else bias[part].to(dtype))
+        y[:, part] = F.linear(inputs, rows(part).to(dtype), None if bias is None else bias[part].to(dtype))
     return y
 
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_IN_CACHE = "rows that are decoded and multiplied in a cache"
 _AT_ONCE = 1 << 23  # bytes of rows that are decoded at a time, in the dtype that they are multiplied in
 
 

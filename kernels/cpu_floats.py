@@ -152,9 +152,14 @@ def _weights(builder: Any, layout: Layout, codes: Any, at: Any, column: Any) -> 
         return builder.bitcast(builder.shl(words, constant(words.type, 16)), floats)
     offset = builder.add(at, column)
     simd.prefetch(builder, codes, builder.add(offset, integer(simd.AHEAD)))
-    words = builder.sext(load(builder, codes, vector(i8, lanes), offset), vector(i16, lanes))
+    return _halves(builder, codes, offset, lanes)
+
+
+def _halves(builder: Any, codes: Any, at: Any, count: int) -> Any:
+    """E4M3 as float32, 256 times too small; NaN as a number."""
+    words = builder.sext(load(builder, codes, vector(i8, count), at), vector(i16, count))
     halves = builder.and_(builder.shl(words, constant(words.type, 7)), constant(words.type, 0xBFFF))
-    return builder.fpext(builder.bitcast(halves, vector(ir.HalfType(), lanes)), floats)
+    return builder.fpext(builder.bitcast(halves, vector(ir.HalfType(), count)), vector(f32, count))
 
 
 @intrinsic
@@ -182,3 +187,45 @@ def widen(context, codes, values, count):  # type: ignore[no-untyped-def]
         return end
 
     return numba.int64(codes, values, count), generate
+
+
+@jit
+def widen_groups(codes, scales, group_size, out):  # type: ignore[no-untyped-def]
+    """out[i] = codes[i] * scale in float32, E4M3 and NaN too, as words of bfloat16, of as many whole groups as that can
+    be done for in vectors: their number. scales: float32, of each group."""
+    if group_size % 32:
+        return 0
+    for i in range(scales.shape[0]):
+        size = abs(scales[i])
+        if not (np.float32(2.0**-80) <= size <= np.float32(2.0**100)) and size != 0:
+            return 0  # products may be subnormal
+    return _widen_groups((codes, scales, out), (min(scales.shape[0], out.shape[0] // group_size), group_size))
+
+
+@intrinsic
+def _widen_groups(context, arrays, sizes):  # type: ignore[no-untyped-def]
+    """`widen_groups` of so many groups of such a size. Returns their number, 0 where the processor cannot round so."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        if not simd.has_dots():
+            return integer(0)
+        pairs = zip(cgutils.unpack_tuple(builder, arguments[0]), signature.args[0], strict=True)
+        codes, scales, out = (simd.data(context, builder, *pair) for pair in pairs)
+        groups, size = cgutils.unpack_tuple(builder, arguments[1])
+        bytes_, words, nan = vector(i8, 32), vector(i16, 32), 0x7F
+        with cgutils.for_range_slice(builder, integer(0), groups, integer(1), inc=True) as (group, _):
+            scale = splat(builder, load(builder, scales, f32, builder.mul(group, integer(4))), 16)
+            scale = builder.fmul(scale, constant(scale.type, E4M3_FACTOR))
+            start = builder.mul(group, size)
+            end = builder.add(start, size)
+            with cgutils.for_range_slice(builder, start, end, integer(32), inc=True) as (at, _):
+                parts = [_halves(builder, codes, builder.add(at, integer(i)), 16) for i in (0, 16)]
+                found = simd.bfloat16(builder, [builder.fmul(part, scale) for part in parts])
+                sizes = builder.and_(load(builder, codes, bytes_, at), constant(bytes_, nan))
+                is_nan = builder.icmp_unsigned("==", sizes, constant(bytes_, nan))
+                found = builder.select(is_nan, constant(words, 0x7FC0), found)
+                place = builder.gep(builder.bitcast(out, i16.as_pointer()), [at])
+                builder.store(found, builder.bitcast(place, words.as_pointer()), align=1)
+        return groups
+
+    return numba.int64(arrays, sizes), generate

@@ -35,27 +35,27 @@ def interleaved(v: Any) -> Any:
     return np.ascontiguousarray(padded[:, starts[:, None] + np.arange(lanes)].transpose(1, 0, 2))
 
 
-def decode(addresses: Any, u: Any, v: Any, floor: float, levels: Any, largest: float, out: Any, dropped: int) -> None:
-    """Fills out, (rows, columns) uint16 (dropped 16) or uint32, with the bits of the weights, as every machine does.
+def loop(planes: int) -> Any:
+    """The loop of a `Rows` that decodes so many planes, as every machine does. Its arguments are the stack of
+    `product`."""
+    return _dense_rows(Form(planes, simd.lanes(), 0, 0))
 
-    addresses: (planes,) int64, of the planes, each (rows, ceil(columns / 8)) uint8. u: (rows, k) uint16, the bits of
-    bfloat16. v: as `interleaved` gives it. levels: (2**(planes - 1),) float32.
+
+def product(stack: tuple[Any, ...], x: Any, columns: int) -> Any:
+    """(tokens, rows) float32. x: (tokens, 128 * n) float32, zeros behind W's columns.
+
+    stack: addresses, (planes,) int64, of planes that are each (rows, ceil(columns / 8)) uint8. u, (rows, k) uint16, the
+    bits of bfloat16. v, as `interleaved` gives it. levels, (2**(planes - 1),) float32. The floor, and the largest
+    weight, float32.
     """
-    loop = _dense_rows(Form(len(addresses), simd.lanes(), 0, 0))
-    numbers = (np.float32(floor), np.float32(largest))
-    in_threads(loop, len(out), out.size, addresses, u, v, levels, *numbers, out, dropped)
-
-
-def product(addresses: Any, u: Any, v: Any, floor: float, levels: Any, largest: float, x: Any, columns: int) -> Any:
-    """(tokens, rows) float32. x: (tokens, 128 * n) float32, zeros behind W's columns. The others as in `decode`."""
+    addresses, u = stack[:2]
     out = np.empty((len(x), len(u)), np.float32)
     width, form = -(-columns // 8) * 8, Form(len(addresses), simd.lanes(), 1, int(len(x) == 1))
     if form.adds:
         loop, x = _sum_rows(form), _once(x, width)
     else:
         loop = _product_rows(form, Layout(FLOAT32, 0, 128, form.lanes, 1))
-    numbers = (np.float32(floor), np.float32(largest))
-    in_threads(loop, len(u), len(u) * width, addresses, u, v, levels, *numbers, x, width, out)
+    in_threads(loop, len(u), len(u) * width, *stack, x, width, out)
     return out
 
 
@@ -71,16 +71,16 @@ def _dense_rows(form: Form) -> Any:
     text = " ".join(map(str, form))
 
     @jit
-    def rows_of(start, stop, addresses, u, v, levels, floor, largest, out, dropped):  # type: ignore[no-untyped-def]
-        columns, width = out.shape[1], (out.shape[1] + 7) // 8 * 8
+    def rows_of(start, stop, base, columns, out, dropped, addresses, u, v, levels, floor, largest):  # type: ignore[no-untyped-def]
+        width = (columns + 7) // 8 * 8
         found = np.empty((ROWS, width), np.float32)
         left = np.empty(ROWS * u.shape[1], np.float32)
         factors = (addresses, left, v.reshape(-1), levels, levels, found.reshape(-1))
-        for row in range(start, stop, ROWS):
-            _widen(u, row, stop, left)
-            plane_rows((floor, largest), factors, (row, stop, u.shape[1], width), text)
-            for r in range(min(ROWS, stop - row)):
-                store(found[r, :columns], out[row + r], dropped)
+        for row in range(base + start, base + stop, ROWS):
+            _widen(u, row, base + stop, left)
+            plane_rows((floor, largest), factors, (row, base + stop, u.shape[1], width), text)
+            for r in range(min(ROWS, base + stop - row)):
+                store(found[r, :columns], out[row - base + r, :columns], dropped)
 
     return rows_of
 

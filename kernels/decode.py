@@ -1,6 +1,7 @@
 """Decoding packed weights: on the CPU compiled loops, one pass from packed bits to the weight's dtype, on all cores.
 
-Other devices run plain torch, which gives the same bits; tests compare the two.
+What ends with `_rows` is such a loop with what it decodes. Other devices run plain torch, which gives the same bits;
+tests compare the two.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ from torch import Tensor
 from compress.formats.bfp import Format
 from compress.formats.bfp import unpack as unpack_bfp
 from compress.formats.bitpack import packed_width, unpack
-from compress.formats.compiled import empty, jit, load64
+from compress.formats.compiled import jit
 from compress.formats.float4 import E2M1
 from compress.formats.float4 import unpack as unpack_nibbles
 from compress.formats.float8 import E4M3
-from compress.formats.threads import in_threads
-from compress.kernels.cpu_floats import widen
-from compress.kernels.cpu_levels import LEVELS, take, take_groups
+from compress.kernels.cpu_floats import widen, widen_groups
+from compress.kernels.cpu_levels import LEVELS, most_levels, take, take_groups
+from compress.kernels.cpu_unpack import TOGETHER, ask_for, unpack_row
+from compress.kernels.rows import Rows
 
 _NONE = np.empty(0, np.float32)
+_SIGNED = np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float32)
 
 
 def groups(packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int) -> Tensor:
@@ -33,14 +36,19 @@ def groups(packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, grou
     """
     if packed.device.type != "cpu":
         return groups_torch(packed, scales, zeros, bits, group_size)
+    return groups_rows(packed, scales, zeros, bits, group_size).whole
+
+
+def groups_rows(packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int) -> Rows:
+    """`groups` on the CPU."""
     rows, count = scales.shape
     _check_shape("packed", packed, (rows, packed_width(count * group_size, bits)))
     if zeros is not None:
         _check_shape("zeros", zeros, (rows, count))
     offsets = torch.full((rows, count), 1 << (bits - 1), dtype=torch.uint8) if zeros is None else zeros.contiguous()
-    source = packed.contiguous().numpy().view(np.uint8)
-    arguments = (source, scales.float().numpy(), _NONE, offsets.numpy(), bits, group_size, _integers(bits))
-    return _run(_group_rows, rows, count * group_size, scales.dtype, arguments)
+    stored = packed.contiguous().numpy().view(np.uint8), scales.float().numpy(), _NONE, offsets.numpy()
+    arguments = (*stored, bits, False, group_size, _integers(bits, group_size))
+    return _rows(_group_rows, rows, count * group_size, scales.dtype, arguments)
 
 
 def groups_torch(packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int) -> Tensor:
@@ -58,13 +66,18 @@ def bfp(packed: Tensor, exponents: Tensor, form: Format, columns: int) -> Tensor
     """
     if packed.device.type != "cpu":
         return unpack_bfp(packed, exponents, form, columns)
+    return bfp_rows(packed, exponents, form, columns).whole
+
+
+def bfp_rows(packed: Tensor, exponents: Tensor, form: Format, columns: int) -> Rows:
+    """`bfp` on the CPU."""
     rows, count = packed.shape[0], form.blocks(columns)
     _check_shape("packed", packed, (rows, form.row_bytes(columns)))
     _check_shape("exponents", exponents, (rows, count))
     zeros = np.full((rows, count), form.half, np.uint8)
-    stored = packed.contiguous().numpy(), exponents.contiguous().numpy()
-    arguments = (*stored, form.steps().numpy(), zeros, form.bits, form.block_size, _integers(form.bits))
-    return _run(_group_rows, rows, columns, form.dtype, arguments)
+    stored = packed.contiguous().numpy(), exponents.contiguous().numpy(), form.steps().numpy(), zeros
+    arguments = (*stored, form.bits, False, form.block_size, _integers(form.bits, form.block_size))
+    return _rows(_group_rows, rows, columns, form.dtype, arguments)
 
 
 def e4m3(weight: Tensor, scales: Tensor, block: tuple[int, int], dtype: torch.dtype | None = None) -> Tensor:
@@ -75,10 +88,28 @@ def e4m3(weight: Tensor, scales: Tensor, block: tuple[int, int], dtype: torch.dt
     """
     if weight.device.type != "cpu":
         return e4m3_torch(weight, scales, block, dtype)
+    return e4m3_rows(weight, scales, block, dtype).whole
+
+
+def e4m3_rows(weight: Tensor, scales: Tensor, block: tuple[int, int], dtype: torch.dtype | None = None) -> Rows:
+    """`e4m3` on the CPU."""
     rows, columns = weight.shape
     _check_shape("scales", scales, (-(-rows // block[0]), -(-columns // block[1])))
     arguments = (weight.contiguous().view(torch.uint8).numpy(), scales.float().numpy(), *block, E4M3.numpy())
-    return _run(_e4m3_rows, rows, columns, dtype or scales.dtype, arguments)
+    return _rows(_byte_rows, rows, columns, dtype or scales.dtype, arguments)
+
+
+def int8_rows(weight: Tensor, scales: Tensor) -> Rows | None:
+    """weight * scale on the CPU, rounded to bfloat16; None for scales of another dtype, and for short rows.
+
+    weight: (rows, columns) int8. scales: (rows, 1).
+    """
+    rows, columns = weight.shape
+    _check_shape("scales", scales, (rows, 1))
+    if scales.dtype != torch.bfloat16 or columns < len(_SIGNED):
+        return None
+    arguments = (weight.contiguous().view(torch.uint8).numpy(), scales.float().numpy(), 1, columns, _SIGNED)
+    return _rows(_byte_rows, rows, columns, scales.dtype, arguments)
 
 
 def e4m3_torch(weight: Tensor, scales: Tensor, block: tuple[int, int], dtype: torch.dtype | None = None) -> Tensor:
@@ -100,11 +131,29 @@ def e2m1(packed: Tensor, scales: Tensor, steps: Tensor, group_size: int, dtype: 
     """
     if packed.device.type != "cpu":
         return e2m1_torch(packed, scales, steps, group_size, dtype)
+    return e2m1_rows(packed, scales, steps, group_size, dtype).whole
+
+
+def e2m1_rows(packed: Tensor, scales: Tensor, steps: Tensor, group_size: int, dtype: torch.dtype) -> Rows:
+    """`e2m1` on the CPU."""
     rows, count = scales.shape
     _check_shape("packed", packed, (rows, count * group_size // 2))
     stored = packed.contiguous().numpy(), scales.contiguous().numpy(), steps.numpy(), np.zeros((rows, count), np.uint8)
-    arguments = (*stored, 4, group_size, E2M1.numpy())
-    return _run(_group_rows, rows, count * group_size, dtype, arguments)
+    arguments = (*stored, 4, False, group_size, E2M1.numpy())
+    return _rows(_group_rows, rows, count * group_size, dtype, arguments)
+
+
+def nibble_rows(packed: Tensor, scales: Tensor, levels: Tensor, group_size: int, dtype: torch.dtype) -> Rows:
+    """level * scale in float32, rounded to `dtype`, on the CPU.
+
+    packed: (rows, columns / 2) uint8, the first of each two codes in the high bits. scales: (rows, groups) float32.
+    levels: (16,) float32.
+    """
+    rows, count = scales.shape
+    _check_shape("packed", packed, (rows, count * group_size // 2))
+    stored = packed.contiguous().numpy(), scales.contiguous().numpy(), _NONE, np.zeros((rows, count), np.uint8)
+    arguments = (*stored, 4, True, group_size, levels.contiguous().numpy())
+    return _rows(_group_rows, rows, count * group_size, dtype, arguments)
 
 
 def e2m1_torch(packed: Tensor, scales: Tensor, steps: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
@@ -113,9 +162,9 @@ def e2m1_torch(packed: Tensor, scales: Tensor, steps: Tensor, group_size: int, d
     return (values * steps[scales.int()].repeat_interleave(group_size, 1)).to(dtype)
 
 
-def _integers(bits: int) -> Any:
-    """What codes of so many bits stand for, where that fits into a table."""
-    return np.arange(LEVELS, dtype=np.float32) if 1 << bits <= LEVELS else _NONE
+def _integers(bits: int, group_size: int) -> Any:
+    """What codes of so many bits stand for, where that is looked up."""
+    return np.arange(max(LEVELS, 1 << bits), dtype=np.float32) if 1 << bits <= most_levels(group_size) else _NONE
 
 
 def _check_shape(name: str, tensor: Tensor, wanted: tuple[int, int]) -> None:
@@ -124,15 +173,10 @@ def _check_shape(name: str, tensor: Tensor, wanted: tuple[int, int]) -> None:
         raise ValueError(f"{name}: the shape is {tuple(tensor.shape)}, and {wanted} is needed")
 
 
-def _run(loop: Any, rows: int, columns: int, dtype: torch.dtype, arguments: tuple[Any, ...]) -> Tensor:
-    """loop(start, stop, bits of the result, how many of them a float32 has more, *arguments) over all rows."""
-    if dtype == torch.bfloat16:
-        halves = empty((rows, columns), torch.int16)
-        in_threads(loop, rows, rows * columns, halves.numpy().view(np.uint16), 16, *arguments)
-        return halves.view(torch.bfloat16)
-    floats = empty((rows, columns), torch.float32)
-    in_threads(loop, rows, rows * columns, floats.numpy().view(np.uint32), 0, *arguments)
-    return floats.to(dtype)
+def _rows(loop: Any, rows: int, columns: int, dtype: torch.dtype, arguments: tuple[Any, ...]) -> Rows:
+    """Of a loop that makes bfloat16, where that is the weight's dtype, else float32."""
+    made = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    return Rows(loop, (rows, columns), dtype, made, arguments)
 
 
 @jit
@@ -147,19 +191,24 @@ def store(values, out, dropped):  # type: ignore[no-untyped-def]
 
 # Slices, and no sums as indices: for these numba asks whether they are below zero, and then nothing becomes a vector.
 @jit
-def _group_rows(start, stop, out, dropped, packed, scales, steps, zeros, bits, group_size, levels):  # type: ignore[no-untyped-def]
-    """steps: what bytes of scales stand for; nothing where these are numbers. levels: what codes stand for, less zero;
-    nothing where that is themselves."""
-    columns, groups = out.shape[1], scales.shape[1]
-    codes = np.zeros(-(-columns // 32) * 32, np.uint8)
+def _group_rows(  # type: ignore[no-untyped-def]
+    start, stop, base, columns, out, dropped, packed, scales, steps, zeros, bits, high_first, group_size, levels
+):
+    """steps: what bytes of scales stand for; nothing where these are numbers. high_first: of 4 bits, the first code is
+    in the higher ones. levels: what codes stand for, less zero; nothing where that is themselves."""
+    groups = scales.shape[1]
+    codes = np.zeros(-(-columns // TOGETHER) * TOGETHER, np.uint8)
     values = np.empty(columns, np.float32)
     factors, offsets = np.empty(groups, np.float32), np.empty(groups, np.float32)
-    for row in range(start, stop):
-        unpack_row(packed[row], bits, codes)
+    for place in range(start, stop):
+        row, line = base + place, out[place, :columns]
+        unpack_row(packed[row], bits, high_first, codes)
+        stored, least = scales[row], zeros[row]
         for group in range(groups):
-            factors[group] = steps[np.int64(scales[row, group])] if steps.shape[0] else scales[row, group]
-            offsets[group] = zeros[row, group]
-        first = take_groups(levels, codes, factors, offsets, group_size, out[row]) if dropped else 0
+            offsets[group] = least[group]
+        for group in range(groups):
+            factors[group] = steps[np.uint64(stored[group])] if steps.shape[0] else stored[group]
+        first = take_groups(levels, codes, factors, offsets, group_size, line) if dropped else 0
         for group in range(first, groups):
             scale, zero = factors[group], offsets[group]
             part = values[group * group_size : (group + 1) * group_size]
@@ -167,66 +216,34 @@ def _group_rows(start, stop, out, dropped, packed, scales, steps, zeros, bits, g
             for i in range(part.shape[0]):
                 level = levels[chosen[i]] if levels.shape[0] else np.float32(chosen[i])
                 part[i] = (level - zero) * scale
-        store(values[first * group_size :], out[row, first * group_size :], dropped)
+        store(values[first * group_size :], line[first * group_size :], dropped)
 
 
 @jit
-def unpack_row(packed, bits, codes):  # type: ignore[no-untyped-def]
-    """packed: bytes of one row. codes: room for whole octets of values; eight of them fill `bits` bytes."""
-    if bits == 8:
-        for i in range(packed.shape[0]):
-            codes[i] = packed[i]
-        return
-    if bits == 4:
-        for i in range(packed.shape[0]):
-            codes[2 * i] = packed[i] & np.uint8(15)
-            codes[2 * i + 1] = packed[i] >> np.uint8(4)
-        return
-    # The upper half of eight codes moves up to bit 32, then of each four to bit 16, and of each two to bit 8.
-    one, two, four = np.uint64(bits), np.uint64(2 * bits), np.uint64(4 * bits)
-    ones, twos, fours = _ones(one, 16), _ones(two, 32), _ones(four, 64)
-    octets, words = codes.shape[0] // 8, codes.view(np.uint64)
-    whole = min(octets, max(0, packed.shape[0] - 8 + bits) // bits)  # of which 8 bytes lie in the row
-    for octet in range(whole):
-        lane = load64(packed, octet * bits)
-        lane = (lane & fours) | ((lane >> four & fours) << np.uint64(32))
-        lane = (lane & twos) | ((lane >> two & twos) << np.uint64(16))
-        words[octet] = (lane & ones) | ((lane >> one & ones) << np.uint64(8))
-    for octet in range(whole, -(-packed.shape[0] // bits)):
-        lane = np.uint64(0)
-        for i in range(min(bits, packed.shape[0] - octet * bits)):
-            lane |= np.uint64(packed[octet * bits + i]) << np.uint64(8 * i)
-        for i in range(8):
-            codes[8 * octet + i] = np.uint8((lane >> np.uint64(bits * i)) & ((np.uint64(1) << one) - np.uint64(1)))
-
-
-@jit
-def _ones(count, every):  # type: ignore[no-untyped-def]
-    """64 bits, of which in every so many the lowest `count` are set."""
-    found = np.uint64(0)
-    for place in range(0, 64, every):
-        found |= ((np.uint64(1) << count) - np.uint64(1)) << np.uint64(place)
-    return found
-
-
-@jit
-def _e4m3_rows(start, stop, out, dropped, codes, scales, rows_per_scale, columns_per_scale, levels):  # type: ignore[no-untyped-def]
-    """levels: what each code stands for."""
-    columns, edge, words = out.shape[1], np.zeros(32, np.uint8), np.empty(256, np.uint16)
+def _byte_rows(  # type: ignore[no-untyped-def]
+    start, stop, base, columns, out, dropped, codes, scales, rows_per_scale, columns_per_scale, levels
+):
+    """levels: what each code stands for; where that is not looked up, codes are E4M3."""
+    edge, words = np.zeros(32, np.uint8), np.empty(256, np.uint16)
     values = np.empty(columns + 32, np.float32)
-    for row in range(start, stop):
-        if dropped and scales.shape[1] == 1 and columns >= words.shape[0]:
+    for place in range(start, stop):
+        row, line = base + place, out[place, :columns]
+        ask_for(codes[min(row + 1, codes.shape[0] - 1)])
+        if dropped and scales.shape[1] == 1 and columns >= levels.shape[0]:
             store(levels * scales[row // rows_per_scale, 0], words, dropped)
-            take(words, codes[row], out[row])
+            take(words, codes[row], line)
             continue
-        done = widen(codes[row], values, columns)
+        factors = scales[row // rows_per_scale]
+        whole = widen_groups(codes[row], factors, columns_per_scale, line) if dropped else 0
+        begin = whole * columns_per_scale
+        done = begin + widen(codes[row, begin:], values, columns - begin)
         rest = codes[row, done:]
         for i in range(rest.shape[0]):
             edge[i] = rest[i]
-        widen(edge, values[done:], 32)
-        for block in range(scales.shape[1]):
-            first = block * columns_per_scale
-            part, scale = values[first : first + columns_per_scale], scales[row // rows_per_scale, block]
+        widen(edge, values[done - begin :], 32)
+        for block in range(whole, factors.shape[0]):
+            first = block * columns_per_scale - begin
+            part, scale = values[first : first + columns_per_scale], factors[block]
             for i in range(part.shape[0]):
                 part[i] *= scale
-        store(values, out[row], dropped)
+        store(values, line[begin:], dropped)

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compress.formats.bitpack import packed_width, unpack
-from compress.formats.compiled import empty, jit
-from compress.formats.threads import in_threads
+from compress.formats.compiled import jit
 from compress.kernels import prepared
 from compress.kernels.cpu_levels import take
-from compress.kernels.decode import unpack_row
+from compress.kernels.cpu_unpack import TOGETHER, unpack_row
 from compress.kernels.op import Layout, Packed
+from compress.kernels.rows import Rows
 
 WORTH = 64  # columns with the same table, which is then laid out for vectors: of fewer that takes longer than they do
 
@@ -28,21 +28,32 @@ def decode(indices: Tensor, tables: Tensor, shape: tuple[int, int], rows: int, c
     most significant first. tables: (n, blocks, 2**bits) bf16, fp16 or fp32. Raises ValueError where the tensors are not
     as long as that takes.
     """
+    if indices.device.type == "cpu":
+        return decode_rows(indices, tables, shape, rows, columns).whole
+    _check(indices, tables, shape, rows, columns)
+    return decode_torch(indices, tables, shape, rows, columns)
+
+
+def decode_rows(indices: Tensor, tables: Tensor, shape: tuple[int, int], rows: int, columns: int) -> Rows:
+    """`decode` on the CPU."""
+    bits, planes = _check(indices, tables, shape, rows, columns), indices.dim() == 3
+    levels = tables.contiguous().view(torch.int32 if tables.dtype == torch.float32 else torch.int16).numpy()
+    source = indices.contiguous().numpy().view(np.uint8).reshape(-1 if planes else 1, shape[0], 4 * indices.shape[-1])
+    arguments = (source, levels.view(np.dtype(f"u{tables.itemsize}")), rows, columns, bits)
+    return Rows(_lookup_rows, shape, tables.dtype, tables.dtype, arguments)
+
+
+def _check(indices: Tensor, tables: Tensor, shape: tuple[int, int], rows: int, columns: int) -> int:
+    """The bits of an index."""
     bits = tables.shape[2].bit_length() - 1
-    planes = indices.dim() == 3
-    wanted = (bits, shape[0], packed_width(shape[1], 1)) if planes else (shape[0], packed_width(shape[1], bits))
+    wanted = (shape[0], packed_width(shape[1], bits))
+    if indices.dim() == 3:
+        wanted = (bits, shape[0], packed_width(shape[1], 1))  # type: ignore[assignment]
     if tuple(indices.shape) != wanted or indices.dtype != torch.int32:
         raise ValueError(f"indices: {wanted} int32 are needed, not {tuple(indices.shape)} {indices.dtype}")
     if tables.shape[:2] != (-(-shape[0] // rows), -(-shape[1] // columns)):
         raise ValueError(f"tables: {tuple(tables.shape)} is not one for {rows} rows and {columns} columns of {shape}")
-    if indices.device.type != "cpu":
-        return decode_torch(indices, tables, shape, rows, columns)
-    words = torch.int32 if tables.dtype == torch.float32 else torch.int16
-    out = empty(shape, words)
-    levels = tables.contiguous().view(words).numpy()
-    source = indices.contiguous().numpy().view(np.uint8).reshape(-1 if planes else 1, shape[0], 4 * indices.shape[-1])
-    in_threads(_lookup_rows, shape[0], out.numel(), source, levels, rows, columns, bits, out.numpy())
-    return out.view(tables.dtype)
+    return bits
 
 
 def decode_torch(indices: Tensor, tables: Tensor, shape: tuple[int, int], rows: int, columns: int) -> Tensor:
@@ -145,22 +156,22 @@ LAYOUT = Layout("lookup", Lookup, decode_packed, linear)
 
 
 @jit
-def _lookup_rows(start, stop, source, levels, rows, columns, bits, out):  # type: ignore[no-untyped-def]
-    """source: (1, rows, bytes) uint8, or (bits, rows, bytes). levels and out: integers as wide as the weights."""
-    width = out.shape[1]
-    codes = np.zeros(-(-width // 32) * 32, np.uint8)
+def _lookup_rows(start, stop, base, width, out, dropped, source, levels, rows, columns, bits):  # type: ignore[no-untyped-def]
+    """source: (1, rows, bytes) uint8, or (bits, rows, bytes). levels and out: unsigned, as wide as the weights."""
+    codes = np.zeros(-(-width // TOGETHER) * TOGETHER, np.uint8)
     plane = np.zeros(codes.shape[0], np.uint8)
-    for row in range(start, stop):
+    for place in range(start, stop):
+        row, line = base + place, out[place, :width]
         if source.shape[0] == 1:
-            unpack_row(source[0, row], bits, codes)
+            unpack_row(source[0, row], bits, False, codes)
         else:
             codes[:] = 0
             for b in range(source.shape[0]):
-                unpack_row(source[b, row], 1, plane)
+                unpack_row(source[b, row], 1, False, plane)
                 for i in range(codes.shape[0]):
                     codes[i] = np.uint8(codes[i] << np.uint8(1)) | plane[i]
         for block in range(levels.shape[1]):
-            table, part = levels[row // rows, block], out[row, block * columns : (block + 1) * columns]
+            table, part = levels[row // rows, block], line[block * columns : (block + 1) * columns]
             chosen = codes[block * columns : (block + 1) * columns]
             if out.itemsize == 2 and columns >= WORTH:
                 take(table, chosen, part)

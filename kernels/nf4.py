@@ -16,7 +16,7 @@ from compress.formats.compiled import empty, jit
 from compress.formats.threads import in_threads
 from compress.kernels import cpu, lookup, prepared
 from compress.kernels.cpu_levels import take_groups
-from compress.kernels.decode import store
+from compress.kernels.decode import nibble_rows, store
 from compress.kernels.op import Layout, Packed
 
 TOGETHER = 16  # blocks that are unpacked at a time
@@ -84,8 +84,12 @@ def _decode(weight: Blocks) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Blocks, bias: Tensor | None) -> Tensor:
-    rows, columns = weight.shape
-    return cpu.dense(x, (rows, columns), _decode(weight).__getitem__, bias)
+    height, columns = weight.shape
+    rows = None
+    if weight.packed.device.type == "cpu" and height and columns and columns % weight.block_size == 0:
+        scales, packed = weight.absmax.view(height, -1), weight.packed.view(height, -1)
+        rows = nibble_rows(packed, scales, weight.levels, weight.block_size, weight.dtype)
+    return cpu.dense(x, (height, columns), _decode(weight).__getitem__ if rows is None else rows, bias)
 
 
 LAYOUT = Layout("nf4", Blocks, _decode, _linear)

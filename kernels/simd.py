@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 
-i8, i16, i32, i64, f32 = (*map(ir.IntType, (8, 16, 32, 64)), ir.FloatType())
+i1, i8, i16, i32, i64, f32 = (*map(ir.IntType, (1, 8, 16, 32, 64)), ir.FloatType())
 AHEAD = 4096  # bytes: so far before they are needed, codes are asked for; the machine's own prefetching ends at a page
 _MADD = {16: ("avx2", "llvm.x86.avx2.pmadd.wd"), 32: ("avx512bw", "llvm.x86.avx512.pmaddw.d.512")}
 _SHUFFLE = {
@@ -48,6 +48,11 @@ def has_long_tables() -> bool:
 def has_wide_tables() -> bool:
     """Whether vectors of bytes can be looked up in a table of 64, and every four of them be added up."""
     return {"avx512vbmi", "avx512vnni"} <= features()
+
+
+def has_bit_fields() -> bool:
+    """Whether a vector of bytes is made of bits that begin anywhere."""
+    return "avx512vbmi" in features()
 
 
 def vector(kind: ir.Type, count: int) -> ir.VectorType:
@@ -123,12 +128,24 @@ def has_dots() -> bool:
 
 
 def dot(builder: Any, total: Any, a: Any, b: Any) -> Any:
-    """total + products of bfloat16, where `has_dots`. total: 16 float32. a, b: 16 pairs, as int32. Subnormal numbers
-    count as zero."""
+    """total + products of bfloat16. total: 16 float32. a, b: 16 pairs, as int32. Subnormal numbers count as zero where
+    this `has_dots`."""
     kind, pairs = vector(f32, 16), vector(i32, 16)
+    if not has_dots():
+        for part in (0, 1):
+            first, second = (_wide_half(builder, value, part) for value in (a, b))
+            total = fma(builder, first, second, total)
+        return total
     name = "llvm.x86.avx512bf16.dpbf16ps.512"
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind, pairs, pairs]), name)
     return builder.call(function, [total, a, b])
+
+
+def _wide_half(builder: Any, pairs: Any, part: int) -> Any:
+    """The first (part 0) or second bfloat16 of each pair in float32."""
+    upper = constant(pairs.type, 0xFFFF0000)
+    bits = builder.and_(pairs, upper) if part else builder.shl(pairs, constant(pairs.type, 16))
+    return builder.bitcast(bits, vector(f32, pairs.type.count))
 
 
 def look_up(builder: Any, table: Any, index: Any) -> Any:
@@ -139,8 +156,13 @@ def look_up(builder: Any, table: Any, index: Any) -> Any:
 
 
 def look_up_words(builder: Any, parts: list[Any], index: Any) -> Any:
-    """table[index], where `has_long_tables`. parts: of a table of 64, 128 or 256, 32 words each. index: 32 words."""
+    """table[index], where `has_long_tables`. parts: of a table, 1, 2, 4 or 8 of 32 words each; or one of 16. index: as
+    many words as a part has, each below that of the table."""
     kind, name = index.type, "llvm.x86.avx512.vpermi2var.hi.512"
+    if len(parts) == 1:
+        name = f"llvm.x86.avx512.permvar.hi.{16 * kind.count}"
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 2), name)
+        return builder.call(function, [parts[0], index])
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name)
     found, bit = [builder.call(function, [a, index, b]) for a, b in zip(parts[::2], parts[1::2], strict=True)], 64
     while len(found) > 1:
@@ -150,15 +172,39 @@ def look_up_words(builder: Any, parts: list[Any], index: Any) -> Any:
     return found[0]
 
 
+def bfloat16(builder: Any, parts: list[Any]) -> Any:
+    """float32 rounded to nearest, ties to even, where `has_dots`: words. parts: one or two vectors of 16. Subnormal
+    numbers become zero."""
+    kind, words = parts[0].type, vector(i16, 16 * len(parts))
+    name = f"llvm.x86.avx512bf16.cvtne{len(parts) if len(parts) > 1 else ''}ps2bf16.512"
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(words, [kind] * len(parts)), name)
+    return builder.call(function, parts[::-1])  # the instruction takes the higher half first
+
+
+def bit_fields(builder: Any, source: Any, control: Any) -> Any:
+    """64 bytes, each the 8 bits of its octet of bytes that begin at a bit, where `has_bit_fields`. source: 64 bytes.
+    control: 64 bytes, the bit where each begins."""
+    bytes_ = source.type
+    function = ir.FunctionType(bytes_, [bytes_] * 2)
+    select = cgutils.get_or_insert_function(builder.module, function, "llvm.x86.avx512.pmultishift.qb.512")
+    return builder.call(select, [control, source])
+
+
+def look_up_bytes(builder: Any, table: Any, index: Any) -> Any:
+    """table[index] of 64 bytes, where `has_bit_fields`. index: bytes below 64."""
+    bytes_ = table.type
+    looking = ir.FunctionType(bytes_, [bytes_] * 2)
+    look = cgutils.get_or_insert_function(builder.module, looking, "llvm.x86.avx512.permvar.qi.512")
+    return builder.call(look, [table, index])
+
+
 def add_fours(builder: Any, sums: Any, tables: list[Any], indices: list[Any]) -> Any:
     """sums: 16 int32, to each of which are added four neighbours of what the first and of what the second index looks
     up. tables: two of 64 uint8 below 128. indices: two of 64 uint8 below 64. Where `has_wide_tables`."""
-    bytes_, kind = tables[0].type, sums.type
-    looking = ir.FunctionType(bytes_, [bytes_] * 2)
-    look = cgutils.get_or_insert_function(builder.module, looking, "llvm.x86.avx512.permvar.qi.512")
+    kind = sums.type
     adding = ir.FunctionType(kind, [kind] * 3)
     add = cgutils.get_or_insert_function(builder.module, adding, "llvm.x86.avx512.vpdpbusd.512")
-    both = builder.add(*(builder.call(look, pair) for pair in zip(tables, indices, strict=True)))
+    both = builder.add(*(look_up_bytes(builder, *pair) for pair in zip(tables, indices, strict=True)))
     return builder.call(add, [sums, builder.bitcast(both, kind), constant(kind, 0x01010101)])
 
 

@@ -22,6 +22,7 @@ from compress.formats import threads
 from compress.formats.compiled import jit
 from compress.kernels import cpu, cpu_codes, cpu_few, cpu_sign_products, measured, simd
 from compress.kernels.cpu import Prepared
+from compress.kernels.rows import Rows
 from compress.registry import make
 from compress.scheme import Scheme, Tensors
 
@@ -107,6 +108,7 @@ def test_nf4_is_multiplied_as_it_was_timed(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(cpu, "_AT_ONCE", 1)
     asked: list[Any] = []
     monkeypatch.setattr(measured, "is_wider_faster", lambda *how: asked.append(how) or True)
+    monkeypatch.setattr(Rows, "takes", lambda *_: False)
     scheme, tensors = stored("nf4", (83, 128))
     x, prepared = gaussian(40, 128), scheme.prepare(tensors)
     wanted = F.linear(x.float(), scheme.decode(tensors).float()).to(x.dtype)
