@@ -47,8 +47,13 @@ class Planes:
 
     @cached_property
     def vectors(self) -> Any:
-        """v as the loops of `cpu_planes` read it."""
+        """v as the loop of `cpu_planes` that decodes reads it."""
         return cpu_planes.interleaved(self.v.float().numpy())
+
+    @cached_property
+    def pairs(self) -> Any:
+        """v as those that multiply read it."""
+        return cpu_planes.paired(self.v.float().numpy()) if simd.has_dots() else self.vectors
 
     @cached_property
     def product(self) -> Product | None:
@@ -63,7 +68,7 @@ class Planes:
                 if y is not None:
                     return torch.from_numpy(y)
             padded = F.pad(wide, (0, -columns % 128)).contiguous()
-            return torch.from_numpy(cpu_planes.product(_arrays(self), padded.numpy(), columns))
+            return torch.from_numpy(cpu_planes.product(_arrays(self, self.pairs), padded.numpy(), columns))
 
         return Product(f"{len(self.planes)} bit planes of rank {self.u.shape[1]}", self.shape, run)
 
@@ -85,11 +90,12 @@ class Planes:
 
 
 def beside(shape: tuple[int, int], rank: int, planes: int, device: str) -> int:
-    """Bytes that are held beside a weight's tensors: the level of every code, and on a CPU v as its loops read it, and
-    what looking up takes."""
+    """Bytes that are held beside a weight's tensors: the level of every code, and on a CPU v as two kinds of loops read
+    it, and what looking up takes."""
     size, lanes = 4 * (1 << (planes - 1)), simd.lanes()
     if device == "cpu":
-        size += 4 * rank * lanes * -(-shape[1] // lanes)
+        factors = rank + (-(-rank // 2) if simd.has_dots() else 0)
+        size += 4 * factors * lanes * -(-shape[1] // lanes)
         if cpu_signs.can_run(planes, shape[1]) and shape[0] * shape[1] >= cpu.LEAST:
             size += cpu_signs.beside(*shape)
     return size
@@ -146,13 +152,15 @@ def decode_rows(stack: Planes) -> Rows | None:
     if stack.u.device.type != "cpu" or not cpu_planes.can_run(stack.shape[1]):
         return None
     made = torch.bfloat16 if stack.dtype == torch.bfloat16 else torch.float32
-    return Rows(cpu_planes.loop(len(stack.planes)), stack.shape, stack.dtype, made, _arrays(stack))
+    kind, planes = (stack.shape, stack.dtype, made), len(stack.planes)
+    near = Rows(cpu_planes.loop(planes, exact=False), *kind, _arrays(stack, stack.pairs))
+    return Rows(cpu_planes.loop(planes, exact=True), *kind, _arrays(stack, stack.vectors), near)
 
 
-def _arrays(stack: Planes) -> tuple[Any, ...]:
+def _arrays(stack: Planes, v: Any) -> tuple[Any, ...]:
     """What the loops of `cpu_planes` take of a stack, on the CPU."""
     numbers = (np.float32(FLOOR), np.float32(torch.finfo(stack.dtype).max))
-    return _places(stack).numpy(), _words(stack.u), stack.vectors, stack.levels.numpy(), *numbers
+    return _places(stack).numpy(), _words(stack.u), v, stack.levels.numpy(), *numbers
 
 
 def _words(factor: Tensor) -> Any:

@@ -23,7 +23,7 @@ from compress.formats import fixed
 from compress.kernels import cpu_codes, cpu_floats, cpu_words, measured
 from compress.kernels.rows import Rows
 
-FEW = 4  # tokens, for which reading a weight is what takes time: a decoded one is larger, and is written and read
+FEW = 4  # tokens that a weight which loses nothing is multiplied with undecoded
 LEAST = 1 << 16  # weights: of fewer, calling a compiled product takes longer than it
 
 _DECODED = ContextVar("decoded", default=False)  # whether nothing is to be chosen by what was measured
@@ -63,7 +63,7 @@ class Product:
             return self.forced == "fused"
         if self.shape[0] * self.shape[1] < LEAST:
             return False
-        if tokens <= FEW or self.few_only:
+        if self.few_only:
             return tokens <= FEW
         return tokens <= measured.most_tokens(self.layout, self.shape, lambda x: self.run(x, x.dtype), dense)
 

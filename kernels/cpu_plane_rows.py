@@ -14,15 +14,16 @@ from compress.kernels.simd import constant, f32, i8, i32, i64, integer, load, sp
 
 ROWS = 4  # that share the factor of the columns in registers
 MOST_CHOSEN = 3  # bits of a code whose level is chosen in registers; of longer ones it is looked up
+MOST_IN_TABLES = 8  # where that is in registers too
+EXACT, FUSED, PAIRED = range(3)  # how a scale is summed up: as every machine does; unrounded; two factors at a time
 
 
 class Form(NamedTuple):
-    """What a loop is compiled for. fused: products are added unrounded, and not as every machine gives it. adds: they
-    are summed up with a token, and no weight is written."""
+    """What a loop is compiled for. adds: weights are summed up with a token, and none is written."""
 
     planes: int
     lanes: int
-    fused: int
+    sums: int  # EXACT, FUSED or PAIRED
     adds: int
 
 
@@ -31,8 +32,9 @@ def plane_rows(context, limits, arrays, place, form):  # type: ignore[no-untyped
     """Fills the last of `arrays` with ROWS rows, in float32; or, where the form adds, with their products with a token.
     Those behind the last row are that row.
 
-    limits: the floor and the largest weight. arrays: addresses, u of these rows in float32, v, levels, the token laid
-    out as v is, and what is filled, all flat. place: the first row, the one behind the last, k, and the columns.
+    limits: the floor and the largest weight. arrays: addresses, u of these rows and v in float32 or as pairs of
+    bfloat16, levels, the token laid out as v is, and what is filled, all flat. place: the first row, the one behind the
+    last, the factors or their pairs, and the columns.
     """
     chosen = Form(*map(int, form.literal_value.split()))
 
@@ -54,6 +56,7 @@ class _Rows:
         self.addresses, self.u, self.v, self.levels, self.x, self.out = pointers
         first, stop, self.rank, self.columns = place
         self.floats, self.words = vector(f32, form.lanes), vector(i32, form.lanes)
+        self.factor = i32 if form.sums == PAIRED else f32
         self.floor, self.largest = (splat(builder, limit, form.lanes) for limit in limits)
         last = builder.sub(stop, integer(1))
         rows = [builder.add(first, integer(r)) for r in range(ROWS)]
@@ -88,31 +91,48 @@ class _Rows:
     def _scales(self, number: Any) -> list[Any]:
         """max(u @ v, floor * u0 * v0) of each row, summed in the order of the factors."""
         builder = self.builder
-        firsts = [builder.fmul(self._left(row, integer(0)), self._right(integer(0), number)) for row in range(ROWS)]
-        sums = [cgutils.alloca_once_value(builder, first) for first in firsts]
-        for place, first in zip(sums, firsts, strict=True):
-            builder.store(first, place)
+        firsts = [self._first(self._left(row, integer(0)), self._right(integer(0), number)) for row in range(ROWS)]
+        sums = [cgutils.alloca_once_value(builder, first) for first, _ in firsts]
+        for place, (_, begun) in zip(sums, firsts, strict=True):
+            builder.store(begun, place)
         with cgutils.for_range_slice(builder, integer(1), self.rank, integer(1), inc=True) as (factor, _):
             right = self._right(factor, number)
             for row, place in enumerate(sums):
                 left, so_far = self._left(row, factor), builder.load(place)
-                if self.form.fused:
+                if self.form.sums == PAIRED:
+                    value = self._dot(so_far, left, right)
+                elif self.form.sums == FUSED:
                     value = simd.fma(builder, left, right, so_far)
                 else:
                     value = builder.fadd(so_far, builder.fmul(left, right))
                 builder.store(value, place)
-        pairs = [(builder.load(place), builder.fmul(f, self.floor)) for place, f in zip(sums, firsts, strict=True)]
+        pairs = [(builder.load(place), builder.fmul(f, self.floor)) for place, (f, _) in zip(sums, firsts, strict=True)]
         return [builder.select(builder.fcmp_ordered(">", *pair), *pair) for pair in pairs]
+
+    def _first(self, left: Any, right: Any) -> tuple[Any, Any]:
+        """The product of the first factors, and the sum that begins with it."""
+        if self.form.sums != PAIRED:
+            product = self.builder.fmul(left, right)
+            return product, product
+        nothing = constant(self.floats, 0.0)
+        alone = self.builder.and_(left, constant(self.words, 0xFFFF))
+        return self._dot(nothing, alone, right), self._dot(nothing, left, right)
+
+    def _dot(self, total: Any, left: Any, right: Any) -> Any:
+        builder, halves = self.builder, [range(i, i + 16) for i in range(0, self.form.lanes, 16)]
+        parts = [[simd.shuffle(builder, value, half) for value in (total, left, right)] for half in halves]
+        return simd.join(builder, [simd.dot(builder, *part) for part in parts])
 
     def _left(self, row: int, factor: Any) -> Any:
         builder = self.builder
         at = builder.mul(builder.add(builder.mul(integer(row), self.rank), factor), integer(4))
-        return splat(builder, load(builder, self.u, f32, at), self.form.lanes)
+        return splat(builder, load(builder, self.u, self.factor, at), self.form.lanes)
 
     def _right(self, factor: Any, number: Any) -> Any:
         builder = self.builder
         at = builder.add(builder.mul(number, self.rank), factor)
-        return load(builder, self.v, self.floats, builder.mul(at, integer(4 * self.form.lanes)))
+        kind = vector(self.factor, self.form.lanes)
+        return load(builder, self.v, kind, builder.mul(at, integer(4 * self.form.lanes)))
 
     def _planes(self) -> list[Any]:
         """Where each plane lies."""
@@ -128,8 +148,9 @@ class _Rows:
         builder = self.builder
         size = builder.fmul(scale, self._chosen(bits[1:]))
         size = builder.select(builder.fcmp_ordered("<", size, self.largest), size, self.largest)
-        sign = builder.shl(builder.zext(bits[0], self.words), constant(self.words, 31))
-        return builder.bitcast(builder.xor(builder.bitcast(size, self.words), sign), self.floats)
+        size = builder.bitcast(size, self.words)
+        turned = builder.xor(size, constant(self.words, 1 << 31))
+        return builder.bitcast(builder.select(bits[0], turned, size), self.floats)
 
     def _chosen(self, bits: list[Any]) -> Any:
         """The level of the code whose bits these are, the highest first."""
@@ -140,6 +161,8 @@ class _Rows:
             for bit in reversed(bits):
                 known = [builder.select(bit, high, low) for low, high in zip(known[::2], known[1::2], strict=True)]
             return known[0]
+        if len(bits) <= MOST_IN_TABLES and simd.has_float_tables():
+            return self._looked_up(bits)
         codes = constant(self.words, 0)
         for bit in bits:
             codes = builder.or_(builder.shl(codes, constant(self.words, 1)), builder.zext(bit, self.words))
@@ -148,3 +171,16 @@ class _Rows:
             at = builder.zext(builder.extract_element(codes, lane), i64)
             found = builder.insert_element(found, load(builder, self.levels, f32, builder.mul(at, integer(4))), lane)
         return found
+
+    def _looked_up(self, bits: list[Any]) -> Any:
+        """`_chosen` of 4 bits and more, 16 lanes at a time."""
+        builder, floats, words = self.builder, vector(f32, 16), vector(i32, 16)
+        tables = [load(builder, self.levels, floats, integer(64 * i)) for i in range(1 << (len(bits) - 4))]
+        found = []
+        for start in range(0, self.form.lanes, 16):
+            code = constant(words, 0)
+            for place, bit in enumerate(reversed(bits)):
+                chosen = simd.shuffle(builder, bit, range(start, start + 16))
+                code = builder.select(chosen, builder.or_(code, constant(words, 1 << place)), code)
+            found.append(simd.look_up_floats(builder, tables, code))
+        return simd.join(builder, found)

@@ -14,7 +14,8 @@ from compress.formats.compiled import jit
 from compress.formats.threads import in_threads
 from compress.kernels import simd
 from compress.kernels.cpu_floats import FLOAT32, Layout, float_row
-from compress.kernels.cpu_plane_rows import ROWS, Form, plane_rows
+from compress.kernels.cpu_levels import round_off
+from compress.kernels.cpu_plane_rows import EXACT, FUSED, PAIRED, ROWS, Form, plane_rows
 from compress.kernels.decode import store
 
 
@@ -35,22 +36,34 @@ def interleaved(v: Any) -> Any:
     return np.ascontiguousarray(padded[:, starts[:, None] + np.arange(lanes)].transpose(1, 0, 2))
 
 
-def loop(planes: int) -> Any:
-    """The loop of a `Rows` that decodes so many planes, as every machine does. Its arguments are the stack of
-    `product`."""
-    return _dense_rows(Form(planes, simd.lanes(), 0, 0))
+def paired(v: Any) -> Any:
+    """`interleaved` with two factors of bfloat16 in 32 bits, for sums that are `PAIRED`. v: (k, columns) float32 that
+    are bfloat16."""
+    words = np.concatenate((v, np.zeros((len(v) % 2, v.shape[1]), np.float32))).view(np.uint32)
+    pairs = words[::2] >> 16 | words[1::2] & 0xFFFF0000
+    return interleaved(pairs.view(np.float32)).view(np.uint32)
+
+
+def loop(planes: int, exact: bool) -> Any:
+    """The loop of a `Rows` that decodes so many planes, as every machine does; or, not exactly so, sooner. Its
+    arguments are the stack of `product`, with v as `interleaved` gives it where it is exact."""
+    return _dense_rows(Form(planes, simd.lanes(), EXACT if exact else _sums(), 0))
+
+
+def _sums() -> int:
+    return PAIRED if simd.has_dots() else FUSED
 
 
 def product(stack: tuple[Any, ...], x: Any, columns: int) -> Any:
     """(tokens, rows) float32. x: (tokens, 128 * n) float32, zeros behind W's columns.
 
     stack: addresses, (planes,) int64, of planes that are each (rows, ceil(columns / 8)) uint8. u, (rows, k) uint16, the
-    bits of bfloat16. v, as `interleaved` gives it. levels, (2**(planes - 1),) float32. The floor, and the largest
-    weight, float32.
+    bits of bfloat16. v, as `paired` gives it where the processor adds pairs up, else as `interleaved`. levels,
+    (2**(planes - 1),) float32. The floor, and the largest weight, float32.
     """
     addresses, u = stack[:2]
     out = np.empty((len(x), len(u)), np.float32)
-    width, form = -(-columns // 8) * 8, Form(len(addresses), simd.lanes(), 1, int(len(x) == 1))
+    width, form = -(-columns // 8) * 8, Form(len(addresses), simd.lanes(), _sums(), int(len(x) == 1))
     if form.adds:
         loop, x = _sum_rows(form), _once(x, width)
     else:
@@ -68,37 +81,39 @@ def _once(x: Any, width: int) -> Any:
 
 @cache
 def _dense_rows(form: Form) -> Any:
-    text = " ".join(map(str, form))
+    text, in_pairs, is_near = " ".join(map(str, form)), form.sums == PAIRED, form.sums != EXACT
 
     @jit
     def rows_of(start, stop, base, columns, out, dropped, addresses, u, v, levels, floor, largest):  # type: ignore[no-untyped-def]
         width = (columns + 7) // 8 * 8
         found = np.empty((ROWS, width), np.float32)
-        left = np.empty(ROWS * u.shape[1], np.float32)
+        left = np.empty(ROWS * u.shape[1], np.uint32)
         factors = (addresses, left, v.reshape(-1), levels, levels, found.reshape(-1))
         for row in range(base + start, base + stop, ROWS):
-            _widen(u, row, base + stop, left)
-            plane_rows((floor, largest), factors, (row, base + stop, u.shape[1], width), text)
+            count = _fill(u, row, base + stop, in_pairs, left)
+            plane_rows((floor, largest), factors, (row, base + stop, count, width), text)
             for r in range(min(ROWS, base + stop - row)):
-                store(found[r, :columns], out[row - base + r, :columns], dropped)
+                values, line = found[r, :columns], out[row - base + r, :columns]
+                done = round_off(values, line, columns) if is_near and dropped else 0
+                store(values[done:], line[done:], dropped)
 
     return rows_of
 
 
 @cache
 def _product_rows(form: Form, layout: Layout) -> Any:
-    text, how = " ".join(map(str, form)), " ".join(map(str, layout))
+    text, how, in_pairs = " ".join(map(str, form)), " ".join(map(str, layout)), form.sums == PAIRED
 
     @jit
     def rows_of(start, stop, addresses, u, v, levels, floor, largest, x, width, out):  # type: ignore[no-untyped-def]
         padded = x.shape[1]
         rows = np.zeros(ROWS * width + padded, np.float32)
-        left, inputs = np.empty(ROWS * u.shape[1], np.float32), x.reshape(-1)
+        left, inputs = np.empty(ROWS * u.shape[1], np.uint32), x.reshape(-1)
         factors = (addresses, left, v.reshape(-1), levels, levels, rows)
         codes, steps, found = rows.view(np.uint8), np.zeros(1, np.float32), np.empty(1, np.float32)
         for row in range(start, stop, ROWS):
-            _widen(u, row, stop, left)
-            plane_rows((floor, largest), factors, (row, stop, u.shape[1], width), text)
+            count = _fill(u, row, stop, in_pairs, left)
+            plane_rows((floor, largest), factors, (row, stop, count, width), text)
             for token in range(x.shape[0]):
                 for r in range(min(ROWS, stop - row)):
                     float_row((codes, steps, inputs), (4 * r * width, token * padded, padded), found, how)
@@ -109,15 +124,15 @@ def _product_rows(form: Form, layout: Layout) -> Any:
 
 @cache
 def _sum_rows(form: Form) -> Any:
-    text = " ".join(map(str, form))
+    text, in_pairs = " ".join(map(str, form)), form.sums == PAIRED
 
     @jit
     def rows_of(start, stop, addresses, u, v, levels, floor, largest, x, width, out):  # type: ignore[no-untyped-def]
-        found, left = np.empty(ROWS, np.float32), np.empty(ROWS * u.shape[1], np.float32)
+        found, left = np.empty(ROWS, np.float32), np.empty(ROWS * u.shape[1], np.uint32)
         factors = (addresses, left, v.reshape(-1), levels, x.reshape(-1), found)
         for row in range(start, stop, ROWS):
-            _widen(u, row, stop, left)
-            plane_rows((floor, largest), factors, (row, stop, u.shape[1], width), text)
+            count = _fill(u, row, stop, in_pairs, left)
+            plane_rows((floor, largest), factors, (row, stop, count, width), text)
             for r in range(min(ROWS, stop - row)):
                 out[0, row + r] = found[r]
 
@@ -125,10 +140,17 @@ def _sum_rows(form: Form) -> Any:
 
 
 @jit
-def _widen(u, row, stop, left):  # type: ignore[no-untyped-def]
-    """The factors of a few rows in float32."""
+def _fill(u, row, stop, in_pairs, left):  # type: ignore[no-untyped-def]
+    """The factors of a few rows in float32, or pairs of them. Returns how many there are of a row."""
     rank = u.shape[1]
+    count = (rank + 1) // 2 if in_pairs else rank
     for r in range(ROWS):
         source = u[min(row + r, stop - 1)]
-        for k in range(rank):
-            left[r * rank + k] = np.uint32(np.uint32(source[k]) << np.uint32(16)).view(np.float32)
+        for i in range(count):
+            if not in_pairs:
+                left[r * count + i] = np.uint32(source[i]) << np.uint32(16)
+            elif 2 * i + 1 < rank:
+                left[r * count + i] = np.uint32(source[2 * i]) | np.uint32(source[2 * i + 1]) << np.uint32(16)
+            else:
+                left[r * count + i] = np.uint32(source[2 * i])
+    return count

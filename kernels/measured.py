@@ -24,6 +24,7 @@ from compress.formats.files import cache_folder, write_text
 from compress.kernels import simd
 
 SIZES = (16, 64, 256, 1024)  # tokens that torch's product is timed with
+TIMED = (1, 4, 16, 64)  # that ours is timed with
 SHAPE = (512, 1024)  # of the weight that it is timed with
 MANY = 1 << 30
 ROUNDS = 5
@@ -34,22 +35,22 @@ _LOCK = threading.RLock()  # measuring one thing may ask for another
 def most_tokens(
     layout: str, shape: tuple[int, int], product: Callable[[Tensor], Any], dense: Callable[[Tensor], Any]
 ) -> int:
-    """Up to how many tokens `product` takes less time than `dense`."""
+    """Up to how many tokens `product` takes less time than `dense`: 0 where it does not for a single one."""
 
     def measure() -> int:
-        few, more = SIZES[:2]
-        inputs = [torch.ones(tokens, shape[1]).bfloat16() for tokens in (few, more)]
+        inputs = [torch.ones(tokens, shape[1]).bfloat16() for tokens in TIMED]
         found = _seconds(*(partial(way, x) for way in (product, dense) for x in inputs))
+        slower = [a - b for a, b in zip(found[: len(TIMED)], found[len(TIMED) :], strict=True)]
+        return next((tokens - 1 for tokens in range(1, SIZES[-1] + 1) if _between(slower, tokens) > 0), MANY)
 
-        def seconds(first: float, second: float, tokens: int) -> float:
-            return first + max(0.0, second - first) * (tokens - few) / (more - few)
+    return int(_remembered(f"{layout}, 2**{(shape[0] * shape[1]).bit_length()} weights, from 1 token", measure))
 
-        slower = [m for m in SIZES if seconds(found[0], found[1], m) > seconds(found[2], found[3], m)]
-        if not slower:
-            return MANY
-        return max((size for size in SIZES if size < slower[0]), default=SIZES[0] - 1)
 
-    return int(_remembered(f"{layout}, 2**{(shape[0] * shape[1]).bit_length()} weights, in parts", measure))
+def _between(found: list[float], tokens: int) -> float:
+    """What there would be for so many tokens. found: what there is for `TIMED`."""
+    last = next((i for i, size in enumerate(TIMED[1:-1], 1) if tokens <= size), len(TIMED) - 1)
+    (few, more), (low, high) = TIMED[last - 1 : last + 1], found[last - 1 : last + 1]
+    return low + (high - low) * (tokens - few) / (more - few)
 
 
 def is_wider_faster(dtype: torch.dtype, tokens: int) -> bool:

@@ -29,7 +29,8 @@ class Rows:
     """A weight on the CPU and what decodes it: loop(start, stop, first, columns, out, dropped, *arguments).
 
     That fills out[row, :columns] with row `first + row`, for rows from start to stop: the bits of `made`, uint16 or
-    uint32; dropped is 16 for bfloat16, else 0. arguments: as `in_threads` takes them. dtype: of the weight.
+    uint32; dropped is 16 for bfloat16, else 0. arguments: as `in_threads` takes them. dtype: of the weight. near: what
+    decodes it sooner, with other roundings on the way, for products.
     """
 
     loop: Any
@@ -37,6 +38,7 @@ class Rows:
     dtype: torch.dtype
     made: torch.dtype
     arguments: tuple[Any, ...]
+    near: Rows | None = None
 
     @property
     def whole(self) -> Tensor:
@@ -62,8 +64,9 @@ class Rows:
         missing = (0, -columns % PAIRS, 0, -len(x) % tokens)
         inputs = (F.pad(x.detach(), missing) if any(missing) else x.detach().contiguous()).view(torch.int16)
         out = np.empty((len(inputs), height), np.float32)
-        example = (0, columns, np.empty((1, 1), np.uint16), self._dropped, *self.arguments)
-        work = (entry(self.loop, example), self.arguments, columns, inputs.numpy().view(np.uint16), out)
+        rows = self.near or self
+        example = (0, columns, np.empty((1, 1), np.uint16), self._dropped, *rows.arguments)
+        work = (entry(rows.loop, example), rows.arguments, columns, inputs.numpy().view(np.uint16), out)
         in_threads(_product_rows(*TILE), -(-height // TOGETHER), out.size * columns, *work)
         return torch.from_numpy(out[: len(x)])
 

@@ -45,6 +45,11 @@ def has_long_tables() -> bool:
     return "avx512bw" in features()
 
 
+def has_float_tables() -> bool:
+    """Whether vectors of float32 can be looked up in a table of 16, and longer ones."""
+    return "avx512f" in features()
+
+
 def has_wide_tables() -> bool:
     """Whether vectors of bytes can be looked up in a table of 64, and every four of them be added up."""
     return {"avx512vbmi", "avx512vnni"} <= features()
@@ -158,15 +163,27 @@ def look_up(builder: Any, table: Any, index: Any) -> Any:
 def look_up_words(builder: Any, parts: list[Any], index: Any) -> Any:
     """table[index], where `has_long_tables`. parts: of a table, 1, 2, 4 or 8 of 32 words each; or one of 16. index: as
     many words as a part has, each below that of the table."""
-    kind, name = index.type, "llvm.x86.avx512.vpermi2var.hi.512"
+    return _look_up_parts(builder, parts, index, "hi", 64)
+
+
+def look_up_floats(builder: Any, parts: list[Any], index: Any) -> Any:
+    """table[index], where `has_float_tables`. parts: of a table, 1, 2, 4 and so on of 16 float32. index: 16 int32."""
+    return _look_up_parts(builder, parts, index, "ps" if len(parts) > 1 else "sf", 32)
+
+
+def _look_up_parts(builder: Any, parts: list[Any], index: Any, name: str, bit: int) -> Any:
+    """bit: of an index, the lowest that two parts together have not."""
+    kind, where = parts[0].type, index.type
+    bits = 16 * kind.count if name == "hi" else 32 * kind.count
     if len(parts) == 1:
-        name = f"llvm.x86.avx512.permvar.hi.{16 * kind.count}"
-        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 2), name)
-        return builder.call(function, [parts[0], index])
-    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name)
-    found, bit = [builder.call(function, [a, index, b]) for a, b in zip(parts[::2], parts[1::2], strict=True)], 64
+        looking = ir.FunctionType(kind, [kind, where])
+        look = cgutils.get_or_insert_function(builder.module, looking, f"llvm.x86.avx512.permvar.{name}.{bits}")
+        return builder.call(look, [parts[0], index])
+    looking = ir.FunctionType(kind, [kind, where, kind])
+    look = cgutils.get_or_insert_function(builder.module, looking, f"llvm.x86.avx512.vpermi2var.{name}.{bits}")
+    found = [builder.call(look, [a, index, b]) for a, b in zip(parts[::2], parts[1::2], strict=True)]
     while len(found) > 1:
-        chosen = builder.icmp_unsigned("!=", builder.and_(index, constant(kind, bit)), constant(kind, 0))
+        chosen = builder.icmp_unsigned("!=", builder.and_(index, constant(where, bit)), constant(where, 0))
         found = [builder.select(chosen, b, a) for a, b in zip(found[::2], found[1::2], strict=True)]
         bit *= 2
     return found[0]

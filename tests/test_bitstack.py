@@ -279,6 +279,7 @@ def test_what_a_prepared_weight_holds_is_counted() -> None:
         tensors = scheme.encode(gaussian(*shape))
         stack = scheme.prepare(tensors).weight
         held = stack.levels.nbytes + stack.vectors.nbytes
+        held += 0 if stack.pairs is stack.vectors else stack.pairs.nbytes
         specs = {local: Spec.of(local, tensor) for local, tensor in tensors.items()}
         assert scheme.prepared_bytes(specs, "cpu") == held
         assert scheme.prepared_bytes(specs, "cuda") == stack.levels.nbytes  # whose kernels read v as it is

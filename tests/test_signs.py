@@ -172,8 +172,9 @@ def test_what_is_held_beside_a_weight_is_counted() -> None:
     scheme = make("bitstack", {"blocks": 2, "scaling": "none"}).fit((256, 4096))
     encoded = scheme.encode(random(256, 4096))
     prepared: Any = scheme.prepare(encoded)
-    signs, vectors = prepared.weight.signs, prepared.weight.vectors
+    signs, vectors, pairs = prepared.weight.signs, prepared.weight.vectors, prepared.weight.pairs
     held = sum(array.nbytes for array in (signs.starts, signs.columns, signs.differences, signs.coefficients, vectors))
+    held += 0 if pairs is vectors else pairs.nbytes
     specs = {name: spec for name, spec in scheme.specs((256, 4096), torch.float32).items()}
     counted = scheme.prepared_bytes(specs, "cpu")
     assert held <= counted <= held + 4 * (256 * 4096 // cpu_signs.EVERY) + 64
