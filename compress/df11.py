@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from compress.formats import fixed, huffman
@@ -121,10 +122,13 @@ class Df11(Scheme):
         stored: Tensors = tensors
         if "weight" in stored:
             return stored["weight"]
-        original = _original(stored)
-        words = kernels.decode(stored, math.prod(original.shape)).view(original.shape)
-        low = stored["low"].cpu() if "low" in stored else None
-        return join(words, low, original.dtype).to(stored["codes"].device)
+        return _decoded(stored).to(stored["codes"].device)
+
+    def dense(self, x: Tensor, tensors: Any, bias: Tensor | None = None) -> Tensor:
+        differentiated = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        if x.device.type != "cpu" or differentiated or not isinstance(tensors, dict) or "weight" in tensors:
+            return super().dense(x, tensors, bias)
+        return F.linear(x, _decoded(tensors, reused=True).to(x.dtype), bias)
 
     def prepare(self, tensors: Tensors) -> Any:
         if "weight" in tensors:
@@ -196,6 +200,14 @@ class Df11(Scheme):
 
 def _original(tensors: Tensors) -> Spec:
     return Df11().original({name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+
+
+def _decoded(tensors: Tensors, reused: bool = False) -> Tensor:
+    """The weight on the CPU. reused: in memory that the next one of this thread takes."""
+    original = _original(tensors)
+    words = kernels.decode(tensors, math.prod(original.shape), reused=reused).view(original.shape)
+    low = tensors["low"].cpu() if "low" in tensors else None
+    return join(words, low, original.dtype)
 
 
 def _encode_huffman(words: Any, rest: Any) -> Tensors:

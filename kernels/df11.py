@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,18 +20,38 @@ from compress.kernels import cpu_words, prepared
 from compress.kernels.op import Layout, Packed
 
 CHUNK = huffman.CHUNK
+MOST_KEPT = 1 << 28  # bytes of decoded weights
 
 
-def decode(tensors: dict[str, Tensor], count: int, chunks: Any = None) -> Tensor:
+class _Room(threading.local):
+    """Memory that a thread keeps: the system takes as long for new memory as decoding into it does."""
+
+    held: Tensor | None = None
+
+    def __call__(self, count: int, dtype: torch.dtype) -> Tensor:
+        size = count * dtype.itemsize
+        if size > MOST_KEPT:
+            return empty((count,), dtype)
+        if self.held is None or self.held.numel() < size:
+            self.held = empty((size,), torch.uint8)
+        return self.held[:size].view(dtype)
+
+
+_room = _Room()
+
+
+def decode(tensors: dict[str, Tensor], count: int, chunks: Any = None, reused: bool = False) -> Tensor:
     """The words of a tensor of `count` weights, (count,) int16 or uint8, on the CPU.
 
     tensors: as `compress.df11` stores them. chunks: only these, each of 16384 words, one after the other; the last
-    one may be short. Raises ValueError where the codes are damaged.
+    one may be short. reused: into memory that the next tensor which this thread decodes so is decoded into. Raises
+    ValueError where the codes are damaged.
     """
     arrays = {name: tensor.cpu().contiguous().view(-1).numpy() for name, tensor in tensors.items() if name != "like"}
     wide = "sign_mantissa" in tensors
     size = count if chunks is None else len(chunks) * CHUNK
-    out = empty((size,), torch.int16 if wide else torch.uint8)
+    dtype = torch.int16 if wide else torch.uint8
+    out = _room(size, dtype) if reused else empty((size,), dtype)
     words = out.numpy().view(np.uint16) if wide else out.numpy()
     rest = arrays["sign_mantissa"] if wide else np.empty(0, np.uint8)
     if "base" in tensors:

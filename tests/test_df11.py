@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -531,3 +532,27 @@ def damaged(local: str, tensor: Tensor, generator: torch.Generator) -> list[Tens
     cut = int(torch.randint(len(tensor), (1,), generator=generator))
     whole = [other.view(tensor.dtype).view(tensor.shape) for other in (flipped, noise)]
     return [*whole, tensor[:cut], torch.cat([tensor, tensor[: 1 + cut]])]
+
+
+@pytest.mark.parametrize("scheme", CODINGS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_products_are_those_of_the_original_though_weights_are_decoded_into_the_same_memory(
+    dtype: torch.dtype, scheme: Df11, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Larger and smaller ones in turns, one that is too large to be kept, and what a gradient needs."""
+    monkeypatch.setattr(kernels, "MOST_KEPT", 2 * 200 * 300)
+    monkeypatch.setattr(kernels, "_room", kernels._Room())
+    torch.manual_seed(0)
+    weights = [torch.randn(rows, 300).mul(0.02).to(dtype) for rows in (100, 200, 50, 300, 100)]
+    stored = [scheme.encode(weight) for weight in weights]
+    x, bias = torch.randn(6, 300).to(dtype), torch.randn(300).to(dtype)
+    for _ in range(2):
+        for weight, tensors in zip(weights, stored, strict=True):
+            for some in (None, bias[: len(weight)]):
+                assert same_bits(scheme.dense(x, tensors, some), F.linear(x, weight, some))
+    assert kernels._room.held is not None and kernels._room.held.numel() == kernels.MOST_KEPT
+    inputs = x.clone().requires_grad_()
+    y = scheme.linear(inputs, stored[0])
+    scheme.dense(x, stored[1])  # would overwrite what the backward pass needs
+    y.sum().backward()
+    assert inputs.grad is not None and same_bits(inputs.grad, torch.ones_like(y) @ weights[0])
