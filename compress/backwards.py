@@ -25,7 +25,7 @@ from compress.structure import Linear
 class Backwards(Blocks):
     """Blocks that keep what they gave. Step n of the way back is that of block n, and the one before it the head's.
 
-    The loss of a sample is the mean cross-entropy of its next tokens.
+    The loss of a sample is the mean cross-entropy of next tokens, as the model says them (`said`).
     """
 
     def __init__(
@@ -83,8 +83,8 @@ class Backwards(Blocks):
         known: dict[str, list[Tensor | None]] = {}
         ends: list[tuple[Tensor, Tensor | None]]
         if step == len(self._order):
-            targets = self._batches[batch][:, 1:].flatten().to(self.device)
-            ends = [(F.cross_entropy(kept[0][:, :-1].flatten(0, 1).float(), targets), None)]
+            logits = kept[0][:, :-1].flatten(0, 1).float()
+            ends = [(F.cross_entropy(logits, said(logits, batch)), None)]
         else:
             known = torch.load(self._gradients(step + 1, batch), map_location=self.device, weights_only=True)
             given = known.pop(self.order[step], [])
@@ -110,7 +110,8 @@ class Backwards(Blocks):
             return torch.autograd.grad(outputs, inputs, given, allow_unused=True)
         except RuntimeError as error:
             raise ValueError(
-                f"{block or 'the head'}: no gradient can be taken through it ({error}); choose sensitivity=activation"
+                f"{block or 'the head'}: no gradient can be taken through it ({error}); leave out sensitivity=fisher "
+                "or --target-size"
             ) from error
 
     def _output(self, block: str) -> Any:
@@ -123,6 +124,13 @@ class Backwards(Blocks):
 
     def _gradients(self, step: int | None, batch: int) -> Path:
         return self._folder / f"gradients.{step}.{batch:05d}.pt"
+
+
+def said(logits: Tensor, seed: int) -> Tensor:
+    """(n,) int64: tokens drawn from what (n, vocabulary) logits predict; of NaN any, so that the loss is NaN."""
+    logits = logits.detach()
+    waits = torch.empty_like(logits).exponential_(generator=torch.Generator(logits.device).manual_seed(seed))
+    return logits.softmax(-1).div_(waits).argmax(-1)  # the first of events that come at these rates
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -86,7 +86,7 @@ def calibrate(
     fitted_to = any(scheme.needs_hessian or scheme.refines for scheme in schemes)
 
     weighted = {module: linears[module] for module in planned if plan.modules[module].scheme.needs_fisher}
-    squares = fisher.Squares([], 0.0)
+    squares = fisher.Squares([])
     if weighted and not isinstance(text, Statistics):
         squares = fisher.measure(job, source, weighted, text, where(device), progress)
 
@@ -104,7 +104,7 @@ def calibrate(
     done = walk(job, STAGE, start, visit)
     lines = {block: noted["lines"] for block, noted in done.items()}
     fitted = {name: Fitted(_file(job, block), **line) for block in lines for name, line in lines[block].items()}
-    return Calibrated(fitted, squares.seconds + sum(noted["seconds"] for noted in done.values()))
+    return Calibrated(fitted, sum(noted["seconds"] for noted in done.values()))
 
 
 def _telling(progress: Progress, blocks: Blocks | Recorded, block: str, total: int) -> Tell:

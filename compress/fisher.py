@@ -1,6 +1,8 @@
 """Fisher information of weights (SqueezeLLM [2306.07629]): mean over samples of the squared gradient of their loss.
 
-Its diagonal, and the empirical one: the loss is that of the text, not of what the model would say.
+Its diagonal. The next tokens are drawn from what the model itself predicts, and not the text's: then the gradient is
+zero on average, and its square is the curvature of the KL divergence (Kunstner et al. [1905.12558]). On text that the
+model does not predict well, the text's own are ten times as large, and larger in other layers.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -29,10 +32,9 @@ STAGE = "differentiating"
 
 @dataclass(frozen=True)
 class Squares:
-    """What was measured, in files of a job. seconds: in all runs that had a part in it."""
+    """What was measured, in files of a job, which notes the seconds of all runs that had a part in it."""
 
     files: list[Path]
-    seconds: float
 
     def of(self, module: str) -> Tensor | None:
         """(out_features, in_features) float32; None where the loss does not depend on it, or it lies elsewhere."""
@@ -57,16 +59,19 @@ def measure(
     An interrupted run goes on at the block that it had come to. Raises ValueError for gradients that are not finite.
     """
     folder, started = job.scratch / STAGE, time.monotonic()
-    known = job.recall(STAGE) or {"blocks": [], "left": None, "seconds": 0.0}
+    new: dict[str, Any] = {"source": source.identity(), "blocks": [], "left": None, "seconds": 0.0}
+    known = job.recall(STAGE) or new
+    if known["source"] != new["source"]:  # measured with the channels of weights in another order
+        known = new
     model = Backwards(source, linears, samples, folder, device)
     model.leave(known["blocks"])
     if not (model.ready(_between(known["left"], model)) and all(map(is_whole, _files(job, model, known["left"])))):
-        known = {"blocks": [], "left": None, "seconds": 0.0}
+        known = new
         model = Backwards(source, linears, samples, folder, device)
 
     def note(left: int | None) -> None:
         seconds = known["seconds"] + time.monotonic() - started
-        job.note(STAGE, {"blocks": model.order[:-1], "left": left, "seconds": seconds})
+        job.note(STAGE, {**new, "blocks": model.order[:-1], "left": left, "seconds": seconds})
 
     while known["left"] is None and (block := model.next()) is not None:
         model.open(block)
@@ -81,7 +86,7 @@ def measure(
         if progress:
             progress(STAGE, steps - step, steps, model.order[step] or "head")
     shutil.rmtree(folder, ignore_errors=True)
-    return Squares(_files(job, model, 0), known["seconds"] + time.monotonic() - started)
+    return Squares(_files(job, model, 0))
 
 
 def changed(squares: Tensor, outputs: Change | None) -> Tensor:
@@ -108,7 +113,8 @@ def _squares(model: Backwards, step: int, samples: int) -> dict[str, Tensor]:
     for module, total in sums.items():
         if not torch.isfinite(total).all():
             raise ValueError(
-                f"{module}: the gradient of the loss has NaN or infinity in it; choose sensitivity=activation"
+                f"{module}: the gradient of the loss has NaN or infinity in it; leave out sensitivity=fisher or "
+                "--target-size"
             )
     return {module: total.div_(samples).cpu().contiguous() for module, total in sums.items()}
 

@@ -40,7 +40,7 @@ from compress.stats import Stats
 from compress.structure import Structure
 from compress.walk import Noted, tensors_of, walk
 
-VERSION = 2
+VERSION = 3  # 3: the Fisher information is that of what the model says
 ABOUT = "compress.statistics"  # the key of the metadata that has all but the tensors
 STAGE = "measuring"
 ANOTHER = "it stays as it is, so name another, or remove it"
@@ -49,8 +49,8 @@ HESSIAN, SAMPLE, FISHER, CACHED = "hessian", "sample", "fisher", "cached"
 LACKING = {
     HESSIAN: "holds no Hessians, and {} is fitted with one; name a new file, which then has them, or set method=rtn",
     SAMPLE: "holds no samples, and {} quantizes its inputs; name a new file, which then has them, or set smooth=false",
-    FISHER: "holds no Fisher information, and {} is weighted by it; name a new file, which then has it, or set "
-    "sensitivity=activation",
+    FISHER: "holds no Fisher information, and {} is weighted by it; name a new file, which then has it, or leave out "
+    "sensitivity=fisher or --target-size",
 }
 
 
@@ -288,7 +288,7 @@ def measure(
         tokens = {leader: stat.tokens for leader, stat in distinct.items()}
         return {"modules": named, "tokens": tokens, "folds": folds, "shapes": shapes}
 
-    squares = fisher.Squares([], 0.0)
+    squares = fisher.Squares([])
     if FISHER in parts:
         squares = fisher.measure(job, source, structure.linears, samples.tokens, device, progress)
     caches = kv_scales.scaled(structure.model)

@@ -75,6 +75,9 @@ class Reordered(Source):
             return tensor
         return tensor.index_select(self._axes[name] - (index is not None), self._order)
 
+    def identity(self) -> list[list[object]]:
+        return [*super().identity(), self._order.tolist()]
+
     def is_packed(self, name: str) -> bool:
         return name in self._axes or super().is_packed(name)
 
