@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compress import sizes
+from compress.candidates import Candidate
 from compress.eval import chart
 from compress.eval.chart import Point
 from compress.formats import manifest
@@ -28,40 +28,6 @@ _KEPT = (
     "bytes original_bytes ratio bits_per_weight bits_per_weight_model seconds",
     "kl_mean kl_stderr kl_median kl_p99 top1_agreement top5_agreement perplexity perplexity_stderr tasks",
 )
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A scheme and its options, and the name of the directory that it is written to."""
-
-    scheme: str
-    options: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def name(self) -> str:
-        return "-".join([self.scheme, *(f"{key}={value}" for key, value in self.options)])
-
-    @property
-    def arguments(self) -> list[str]:
-        """As `compress quantize` takes them."""
-        return ["--scheme", self.scheme, *(word for pair in self.options for word in ("--set", "=".join(pair)))]
-
-
-def parse(text: str) -> list[Candidate]:
-    """ "int4:bits=3,fp8": schemes separated by commas, each with its options behind colons."""
-    found = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        scheme, *options = part.split(":")
-        for option in options:
-            if not re.fullmatch(r"\w+=[\w.+-]+", option):
-                raise ValueError(f"--schemes {part}: {option!r} is no KEY=VALUE; write for example int4:bits=3")
-        pairs = tuple((key, value) for key, _, value in (option.partition("=") for option in options))
-        found.append(Candidate(scheme, pairs))
-    if not found:
-        raise ValueError("--schemes: none is named; write for example int4,int4:bits=3,fp8")
-    if len(set(found)) < len(found):
-        raise ValueError(f"--schemes {text}: one of them is named twice")
-    return found
 
 
 @dataclass(frozen=True)

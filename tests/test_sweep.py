@@ -11,10 +11,11 @@ from click.testing import CliRunner
 from compress import sweep as module
 from compress.blocks import Blocks
 from compress.calibrate import Calibration
+from compress.candidates import Candidate, parse
 from compress.cli import main
 from compress.eval.chart import Point
 from compress.run import Options, Scoring
-from compress.sweep import Candidate, Goals, answers, parse, sweep
+from compress.sweep import Goals, answers, sweep
 
 SCORING = Scoring(tasks=(), limit=2, window=32)
 
