@@ -66,21 +66,24 @@ def quantize(
     *,
     rules: Rules | None = None,
     kv_cache: str | None = None,
+    target_size: int | str | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> Report:
     """Compresses a checkpoint (directory or hub id) to `out`, scores it, and returns report.json as an object.
 
+    target_size: what all tensors may take, bytes or "3.2GiB": each weight then gets a width of `scheme`, or one of a
+    list such as "int4:bits=3,int4,fp8", so that the predicted loss is least (`target.py`).
     kv_cache: "fp8" to measure scales for the KV cache too. options: the scheme's (`bits=3`), or those of the run
     (`seed`, `overwrite`, `shard_size`, `scoring`, `command`: see `Options`). The same call after an interruption goes
     on where that stopped. Raises ValueError for bad input and OSError where files cannot be written; `out` is then as
     it was.
     """
     own = {key: options.pop(key) for key in list(options) if key in Options.__dataclass_fields__}
-    named = {"rules": rules, "kv_cache": kv_cache}
+    named = {"rules": rules, "kv_cache": kv_cache, "target_size": target_size}
     given = {**{key: value for key, value in named.items() if value}, **own, **options}
     own.setdefault("command", f"compress.quantize({str(model)!r}, {str(out)!r}, scheme={scheme!r}{_keywords(given)})")
-    prepared = Prepared(model, scheme, options, rules or Rules(), kv_cache)
+    prepared = Prepared(model, scheme, options, rules or Rules(), kv_cache, target_size)
     return run(prepared, str(model), Path(out), Options(**own), progress)
 
 

@@ -40,6 +40,12 @@ def main() -> None:
 @click.argument("model")
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, help="Directory to write.")
 @options.scheme
+@options.under("Scheme")(
+    "--target-size",
+    metavar="SIZE",
+    help="What all tensors may take, 3.2GiB or bytes: each weight gets a width of --scheme, or of a list "
+    "(int4:bits=3,int4,fp8) one, so that the predicted loss is least.",
+)
 @options.calibration
 @options.under("Scoring")("--eval/--no-eval", "score", default=True, help="Score the result against the original.")
 @options.scoring
@@ -56,6 +62,7 @@ def quantize(
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     kv_cache: str | None,
+    target_size: str | None,
     calibration: str | None,
     samples: int | None,
     seq_len: int | None,
@@ -74,6 +81,7 @@ def quantize(
     \b
     compress quantize meta-llama/Llama-3.2-1B --scheme int4 -o OUT
     compress quantize MODEL --scheme int4 --set bits=3 --exclude down_proj -o OUT
+    compress quantize MODEL --scheme int4 --target-size 3.2GiB -o OUT
     """
     from compress import tables
     from compress.prepare import Prepared
@@ -88,7 +96,8 @@ def quantize(
     command = shlex.join(["compress", *sys.argv[1:]])
     run_options = Options(how, text, device, seed, overwrite, shard_size, command, gates, stats)
     with console.progress() as progress:
-        prepared = Prepared(model, scheme, options.settings(settings), Rules(recipe, include, exclude), kv_cache)
+        rules = Rules(recipe, include, exclude)
+        prepared = Prepared(model, scheme, options.settings(settings), rules, kv_cache, target_size)
         report = run(prepared, model, out, run_options, progress)
     console.emit(report.to_dict(), as_json)
     shown = [tables.scores(report.evaluation)] if report.evaluation else []
@@ -251,9 +260,10 @@ def sweep(
     compress sweep MODEL -o DIR --schemes int4,int4:bits=3,fp8 --within-kl 0.01
     """
     from compress import tables
+    from compress.candidates import parse
     from compress.recipe import Rules
     from compress.run import Options, Scoring
-    from compress.sweep import Goals, parse
+    from compress.sweep import Goals
     from compress.sweep import sweep as run
 
     how, text = Scoring(**options.scoring_of(scoring)), options.calibration_of(calibration, samples, seq_len)

@@ -15,18 +15,31 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from compress.change import Change
 
+if TYPE_CHECKING:
+    from compress.structure import Linear
+
 Kind = Literal["scale", "order", "rotation"]
 KINDS: tuple[Kind, ...] = ("scale", "order", "rotation")  # as they follow one another on the same channels
 
 # Between these, attention adds up tokens and leaves channels alone.
 HEADS = (("v_proj", "o_proj"), ("v_proj", "out_proj"), ("v", "o"))
+# Layers of one parent that loaders such as vLLM run as one, which then has one scheme (its `packed_modules_mapping`).
+FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("q", "k", "v"),
+    ("query", "key", "value"),
+    ("gate_proj", "up_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+)
 TOLERANCE = 1e-3  # of what the producers' change does alone: float32's rounding, where the residual is not far larger
 
 
@@ -66,6 +79,15 @@ class Fold:
     def run(self) -> int:
         """So many neighbours may change places."""
         return self.width if self.heads is None else self.heads[1]
+
+
+def fused(linear: Linear) -> str:
+    """The same name for all that loaders run as one layer: those of FUSED, and the experts of a layer."""
+    parent, _, leaf = linear.path.rpartition(".")
+    if linear.expert is not None:
+        return parent
+    names = next((names for names in FUSED if leaf in names), (leaf,))
+    return f"{parent}.{'+'.join(names)}"
 
 
 def find(

@@ -180,13 +180,20 @@ def _split(name: str) -> tuple[str, str]:
     return module, local
 
 
-def resolve(structure: Structure, specs: Mapping[str, Spec], rules: Sequence[Rule], scheme: Scheme) -> Plan:
+def resolve(
+    structure: Structure,
+    specs: Mapping[str, Spec],
+    rules: Sequence[Rule],
+    scheme: Scheme,
+    chosen_for: Mapping[str, Scheme] | None = None,
+) -> Plan:
     """The first rule that matches a module decides; without one, `scheme` takes every linear but the head and routers.
 
     A lossless scheme takes these too, and every other tensor, under its name without `.weight`; a rule for a lossy one
     does not concern the latter. The head and embeddings that `scheme` leaves go to the one that it has `beside` it.
-    specs: shape and dtype of every source tensor. Raises ValueError for a rule that matches nothing, or that splits the
-    experts of one parameter.
+    specs: shape and dtype of every source tensor. chosen_for: by linear, what it gets where it would get `scheme`.
+
+    Raises ValueError for a rule that matches nothing, or that splits the experts of one parameter.
     """
     linears = structure.linears
     rest = _other_tensors(structure, specs, (scheme, *(rule.scheme for rule in rules)))
@@ -197,6 +204,8 @@ def resolve(structure: Structure, specs: Mapping[str, Spec], rules: Sequence[Rul
         spec = Spec(specs[linear.source].dtype, weight_shape(linear, specs[linear.source]))
         takes = scheme.lossless or not (linear.head or linear.router)
         chosen = _choose(name, rules, counts, scheme if takes else scheme.beside if linear.head else None)
+        if chosen is scheme and chosen_for:
+            chosen = chosen_for.get(name, scheme)
         if chosen is None or not chosen.takes(spec):
             left.append(name)
             if chosen is not None and not chosen.lossless:

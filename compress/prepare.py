@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,8 @@ from typing import Any
 
 import torch
 
-from compress import hub, interchange, kv_scales
+from compress import hub, interchange, kv_scales, sizes
+from compress.candidates import candidates
 from compress.layout import Unit, tied_copies, units
 from compress.memory import calibration_bytes
 from compress.pipeline import TensorReport, read_weight
@@ -40,10 +42,25 @@ class Prepared:
     """A model directory with its plan: what `plan` prints and `quantize` carries out."""
 
     def __init__(
-        self, model: str | Path, scheme: str, options: Mapping[str, Any], rules: Rules, cache: str | None = None
+        self,
+        model: str | Path,
+        scheme: str,
+        options: Mapping[str, Any],
+        rules: Rules,
+        cache: str | None = None,
+        target_size: int | str | None = None,
     ) -> None:
-        """cache: what the scales that are stored for the KV cache are for, one of `kv_scales.KINDS`."""
-        self.scheme = make(scheme, options)
+        """cache: what the scales that are stored for the KV cache are for, one of `kv_scales.KINDS`.
+
+        target_size: what all tensors may take. Then `scheme` names candidates, and `plan` is that of the first of them
+        until one is `chosen` for each weight.
+        """
+        if target_size is None and "," in scheme:
+            raise ValueError(f"scheme {scheme!r}: several are for --target-size, which chooses among them; name one")
+        self.target_bytes = None if target_size is None else sizes.parse(target_size)
+        self.candidates = (make(scheme, options),) if target_size is None else candidates(scheme, options)
+        self.scheme = self.candidates[0]
+        self._rules, self._cache_kind = rules, cache
         ruled = rules.read(self.scheme)
         self.path = hub.local_directory(model)
         lossless = all(s.lossless for s in (self.scheme, *(rule.scheme for rule in ruled)) if s is not None)
@@ -54,10 +71,22 @@ class Prepared:
         self.structure = Structure(build(config), self.source.specs)
         self.tied = tied_copies(self.source, self.structure.tied(), lambda name: self.structure.target(name)[0])
         self.structure.leave_out(self.tied)
-        plan = resolve(self.structure, self.source.specs, ruled, self.scheme)
-        self.plan = replace(plan, base=self.source.base, kv_cache=self._cache(plan, cache))
+        self.plans = tuple(self._planned(candidate) for candidate in self.candidates)
+        self.plan = self.plans[0]
 
-    def _cache(self, plan: Plan, kind: str | None) -> dict[str, str]:
+    def chosen(self, schemes: Mapping[str, Scheme]) -> Prepared:
+        """With these in the places that the first candidate would have, by module."""
+        made = copy.copy(self)
+        made.plan = self._planned(self.scheme, schemes)
+        made.plans = (made.plan,)
+        return made
+
+    def _planned(self, scheme: Scheme, chosen_for: Mapping[str, Scheme] | None = None) -> Plan:
+        plan = resolve(self.structure, self.source.specs, self._rules.read(scheme), scheme, chosen_for)
+        return replace(plan, base=self.source.base, kv_cache=self._cache(plan))
+
+    def _cache(self, plan: Plan) -> dict[str, str]:
+        kind = self._cache_kind
         if kind is None:
             return {}
         planned = kv_scales.plan(self.structure, kind)
@@ -67,6 +96,31 @@ class Prepared:
                 "which alone has a place for these scales; leave it out, or choose int4, int8 or fp8"
             )
         return planned
+
+    @property
+    def open(self) -> list[str]:
+        """The linears that are to get one of several candidates, and no rule decides which."""
+        return [m for m in self.structure.linears if len({plan.modules.get(m) for plan in self.plans}) > 1]
+
+    @property
+    def weighted(self) -> list[str]:
+        """The linears of which the Fisher information is wanted: for the choice, or by a scheme that they may get."""
+        wanting = {m for plan in self.plans for m, packed in plan.modules.items() if packed.scheme.needs_fisher}
+        wanting.update(self.open)
+        return [module for module in self.structure.linears if module in wanting]
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether text runs through the model."""
+        return self.target_bytes is not None or self.plan.needs_calibration
+
+    @property
+    def described(self) -> tuple[str, dict[str, Any]]:
+        """The scheme's name and its options; of candidates all names, and the options that they have in common."""
+        fields = [candidate.to_dict() for candidate in self.candidates]
+        names = dict.fromkeys(found.pop("scheme") for found in fields)
+        shared = {key: value for key, value in fields[0].items() if all(f.get(key) == value for f in fields)}
+        return ", ".join(names), shared
 
     @property
     def schemes(self) -> list[Scheme]:

@@ -27,6 +27,7 @@ from compress.eval.evaluate import check, evaluate
 from compress.eval.gates import Gates
 from compress.eval.report import Report
 from compress.eval.running import Dtype
+from compress.fisher import STAGE as DIFFERENTIATING
 from compress.formats import manifest
 from compress.job import Job, check_apart, partial_of
 from compress.layout import SHARD_BYTES
@@ -38,6 +39,8 @@ from compress.sealing import seal
 from compress.statistics import FISHER, HESSIAN, SAMPLE, Statistics, check_place, measure
 from compress.stream import KEY as STREAM
 from compress.stream import Reordered, Stream, choose, sides
+from compress.target import STAGE as TARGET
+from compress.target import Target
 
 STATISTICS = "statistics"  # what the journal and the recipe say of the file
 
@@ -82,6 +85,7 @@ def run(prepared: Prepared, model: str, out: Path, options: Options, progress: P
     if options.scoring:
         check(prepared.path, **asdict(options.scoring))  # now, not after hours of compressing
     check_device(options.device)
+    target = None if prepared.target_bytes is None else Target(prepared)
     saved = _saved(prepared, options, out)
     samples = _samples(prepared, options, saved)
     if saved:
@@ -92,9 +96,11 @@ def run(prepared: Prepared, model: str, out: Path, options: Options, progress: P
     decisive = {key: value for key, value in recipe.items() if key not in ("scoring", "command", "model")}
     decisive |= {"source": prepared.source.identity(), "device": options.device if recipe["calibration"] else None}
     decisive["statistics"] = options.stats is not None
+    decisive["plans"] = [plan.to_config() for plan in prepared.plans]
     with Job(out, decisive, options.overwrite) as job:
         if not job.finished:
-            written, calibrated = _write(job, prepared, options, saved or samples, progress)
+            prepared, written, calibrated = _write(job, prepared, options, saved or samples, target, progress)
+            recipe |= _planned(prepared)
             peak = peak_rss_bytes()  # of the compression: scoring holds a whole model
             scored = _score(job, prepared, options, progress)
             seconds = calibrated.seconds + written.seconds + (scored["seconds"] if scored else 0.0)
@@ -108,7 +114,7 @@ def run(prepared: Prepared, model: str, out: Path, options: Options, progress: P
 def read_report(out: Path) -> Report:
     """report.json of an output directory, as an object."""
     document = manifest.unseal(out / manifest.REPORT)
-    return Report(**{field.name: document[field.name] for field in fields(Report)})
+    return Report(**{field.name: document[field.name] for field in fields(Report) if field.name in document})
 
 
 def _saved(prepared: Prepared, options: Options, out: Path) -> Statistics | None:
@@ -117,21 +123,21 @@ def _saved(prepared: Prepared, options: Options, out: Path) -> Statistics | None
         return None
     path = Path(options.stats)
     check_place(path, out, partial_of(out), prepared.path)
-    if not prepared.plan.needs_calibration:
+    if not prepared.needs_calibration:
         raise ValueError(f"scheme {prepared.scheme.name} uses no calibration data as it is; leave out --stats")
-    if any(packed.scheme.refines for packed in prepared.plan.modules.values()):
+    if any(packed.scheme.refines for plan in prepared.plans for packed in plan.modules.values()):
         raise ValueError("refine: runs the blocks that are compressed, and --stats is there to run none; leave one out")
     return Statistics(path) if os.path.lexists(path) else None
 
 
 def wanted_parts(prepared: Prepared) -> dict[str, list[str]]:
     """What schemes want measured beside means and maxima: which part -> the modules that want it."""
-    schemes = {module: packed.scheme for module, packed in prepared.plan.modules.items()}
+    schemes = [(module, packed.scheme) for plan in prepared.plans for module, packed in plan.modules.items()]
     linears = prepared.structure.linears
     return {
-        HESSIAN: [module for module, scheme in schemes.items() if scheme.needs_hessian],
-        SAMPLE: [m for m, scheme in schemes.items() if scheme.needs_sample and linears[m].expert is None],
-        FISHER: [module for module, scheme in schemes.items() if scheme.needs_fisher],
+        HESSIAN: [module for module, scheme in schemes if scheme.needs_hessian],
+        SAMPLE: [m for m, scheme in schemes if scheme.needs_sample and linears[m].expert is None],
+        FISHER: prepared.weighted,
     }
 
 
@@ -141,7 +147,7 @@ def _samples(prepared: Prepared, options: Options, saved: Statistics | None) -> 
     how = Calibration(named) if isinstance(named, str) else named or Calibration()
     if saved and named is None:
         return None
-    if prepared.plan.needs_calibration:
+    if prepared.needs_calibration:
         return draw(how.source, prepared.path, how.samples, how.seq_len, options.seed)
     if options.calibration is not None:
         texts.read([how.source], "calibration")  # a file that cannot be read is the more useful thing to hear of
@@ -151,17 +157,22 @@ def _samples(prepared: Prepared, options: Options, saved: Statistics | None) -> 
 
 def _recipe(prepared: Prepared, model: str, options: Options, calibration: dict[str, Any] | None) -> dict[str, Any]:
     """Everything that decides the bytes of the result."""
+    candidates = [candidate.to_dict() for candidate in prepared.candidates]
     return {
         "model": model,
         "command": options.command,
-        "plan": prepared.plan.to_config(),
-        "schemes": [scheme.to_dict() for scheme in prepared.schemes],
+        **_planned(prepared),
+        **({"target": {"bytes": prepared.target_bytes, "candidates": candidates}} if prepared.target_bytes else {}),
         "seed": options.seed,
         "calibration": calibration,
         "shard_bytes": sizes.parse(options.shard_size),
         "scoring": asdict(options.scoring) if options.scoring else None,
         "versions": versions(),
     }
+
+
+def _planned(prepared: Prepared) -> dict[str, Any]:
+    return {"plan": prepared.plan.to_config(), "schemes": [scheme.to_dict() for scheme in prepared.schemes]}
 
 
 def versions() -> dict[str, str]:
@@ -177,8 +188,14 @@ def versions() -> dict[str, str]:
 
 
 def _write(
-    job: Job, prepared: Prepared, options: Options, text: Samples | Statistics | None, progress: Progress | None
-) -> tuple[Written, Calibrated]:
+    job: Job,
+    prepared: Prepared,
+    options: Options,
+    text: Samples | Statistics | None,
+    target: Target | None,
+    progress: Progress | None,
+) -> tuple[Prepared, Written, Calibrated]:
+    """Returns what was carried out, too: of a target, what was chosen for it."""
     total = sum(spec.bytes for name, spec in prepared.source.specs.items() if name not in prepared.tied)
     done = 0
 
@@ -188,12 +205,14 @@ def _write(
         if progress:
             progress("compressing", done, total)
 
-    source, plan = prepared.source, prepared.plan
     try:
         calibrated = Calibrated({}, 0.0)
         if options.stats and text:
             text = _measured(job, prepared, options, text, progress)
-        if text:
+        if target and text:
+            prepared = target.choose(job, text, where(options.device), progress)
+        source, plan = prepared.source, prepared.plan
+        if text and plan.needs_calibration:
             known = text.tokens if isinstance(text, Samples) else text
             stream = _stream(job, prepared, known, where(options.device))
             if stream:
@@ -205,10 +224,11 @@ def _write(
                 noted = {m: replace(made, note=stream.note(m, made.note)) for m, made in calibrated.fitted.items()}
                 calibrated = replace(calibrated, fitted=noted)
         fitted = calibrated.fitted | stack.fit_rest(job, source, plan, calibrated.fitted)
-        chosen_in = (job.recall(f"{STREAM}-choice") or {"seconds": 0.0})["seconds"]
-        calibrated = Calibrated(fitted, calibrated.seconds + chosen_in)
+        before = [job.recall(step) or {"seconds": 0.0} for step in (f"{STREAM}-choice", DIFFERENTIATING, TARGET)]
+        calibrated = Calibrated(fitted, calibrated.seconds + sum(noted["seconds"] for noted in before))
         shard_bytes, order = sizes.parse(options.shard_size), stack.order(source, plan, fitted)
-        return write(job, source, plan, prepared.tied, shard_bytes, advance, fitted, order), calibrated
+        written = write(job, source, plan, prepared.tied, shard_bytes, advance, fitted, order)
+        return prepared, written, calibrated
     except ValueError:
         job.discard()  # the input is at fault: nothing of this run can be used again
         raise

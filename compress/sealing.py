@@ -17,6 +17,7 @@ from compress.job import Job
 from compress.pipeline import ADDED, Fitted, Written, changes_stored
 from compress.prepare import Prepared, summarize
 from compress.stream import KEY as STREAM
+from compress.target import STAGE as TARGET
 
 
 def seal(
@@ -29,21 +30,23 @@ def seal(
     cost: tuple[float, int],  # seconds in all, peak bytes while compressing
 ) -> None:
     """Writes report.json, README.md and compress.json, in an order in which each covers what came before."""
+    (scheme, options), target = prepared.described, job.recall(TARGET) or {"note": None, "report": None}
     report = Report(
         model=recipe["model"],
-        scheme=prepared.scheme.name,
-        options={key: value for key, value in prepared.scheme.to_dict().items() if key != "scheme"},
+        scheme=scheme,
+        options=options,
         **summarize(written.reports),
         seconds=cost[0],
         peak_rss_bytes=cost[1],
         tensors=written.reports,
-        notes=[*prepared.notes(), *_stream_note(job)],
+        notes=[*prepared.notes(), *_stream_note(job), *filter(None, [target["note"]])],
         evaluation=evaluation,
+        target=target["report"],
     )
     write_text(job.checkpoint / manifest.REPORT, manifest.seal(report.to_dict()))
     plan = prepared.plan
     loader = loader_note(prepared.schemes, plan.dense, bool(plan.kv_cache)) if plan.interchange else None
-    origin = front_matter(recipe["model"], prepared.path, prepared.scheme.name)
+    origin = front_matter(recipe["model"], prepared.path, scheme)
     facts = Facts(recipe["command"], origin, recipe["versions"], recipe["calibration"], loader)
     if chart := layer_chart(report):
         write_text(job.checkpoint / CHART, chart)

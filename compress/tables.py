@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compress.eval import chart
-from compress.eval.report import SIGNIFICANT, Report, score_lines, task_score, worst_layers
+from compress.eval.report import SIGNIFICANT, Report, score_lines, task_score, told_target, worst_layers
 from compress.sizes import show
 
 if TYPE_CHECKING:  # what these import takes seconds
@@ -59,6 +59,8 @@ def forecast(plan: Forecast) -> Table:
 def run(report: Report) -> Table:
     """The result of `quantize`."""
     table = totals(report.to_dict())
+    if report.target:
+        table.add_row("target", f"{show(report.target['bytes'])}; {told_target(report.target)}")
     encoding = sum(line["seconds"] or 0.0 for line in report.tensors)
     table.add_row("seconds", f"{report.seconds:.1f}, {encoding:.1f} of them encoding")
     table.add_row("peak memory", show(report.peak_rss_bytes))

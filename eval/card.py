@@ -10,7 +10,7 @@ import yaml
 
 from compress.eval import chart
 from compress.eval.gates import sentence
-from compress.eval.report import SIGNIFICANT, Report, is_lossless, layer_losses, score_lines, worst_layers
+from compress.eval.report import SIGNIFICANT, Report, is_lossless, layer_losses, score_lines, told_target, worst_layers
 from compress.sizes import show
 
 CHART = "layers.svg"
@@ -44,6 +44,7 @@ def card(report: Report, facts: Facts) -> str:
         f"Made from `{report.model}` by [compress](compress.json):\n\n    {facts.command}\n",
         f"Scheme `{report.scheme}` ({options}). {show(report.bytes)} of tensors, {report.ratio:.2f} times smaller than "
         f"{show(report.original_bytes)}; {bits}{report.bits_per_weight_model:.3f} over the whole model.\n",
+        *([_target(report.target)] if report.target else []),
         *([_LOSSLESS] if lossless else []),
         *([_calibration(facts.calibration)] if facts.calibration else []),
         _scores(report.evaluation),
@@ -59,6 +60,12 @@ def card(report: Report, facts: Facts) -> str:
 
 
 _LOSSLESS = "Lossless: each tensor was decoded after it was coded, and equalled the original in every bit.\n"
+
+
+def _target(target: dict[str, Any]) -> str:
+    named = ", ".join(f"`{name}`" for name in target["candidates"])
+    size = f"{show(target['bytes'])} ({target['bytes']} bytes of tensors)"
+    return f"Made to fit {size} with {named}: {told_target(target)}.\n"
 
 
 def layer_chart(report: Report) -> str | None:

@@ -22,7 +22,7 @@ def front_matter(model: str, path: Path, scheme: str) -> dict[str, Any]:
     carried: dict[str, Any] = {key: source[key] for key in _CARRIED if _is_text(source.get(key))}
     tags = source.get("tags")
     named = tags if isinstance(tags, list) and _is_text(tags) else []
-    carried |= {"library_name": "transformers", "tags": list(dict.fromkeys([*named, "compress", scheme]))}
+    carried |= {"library_name": "transformers", "tags": list(dict.fromkeys([*named, "compress", *scheme.split(", ")]))}
     base = model if is_hub_id(model) else source.get("base_model")
     if _is_text(base):
         carried |= {"base_model": base, "base_model_relation": "quantized"}

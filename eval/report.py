@@ -28,6 +28,7 @@ class Report:
     tensors: list[dict[str, Any]]
     notes: list[str]
     evaluation: dict[str, Any] | None
+    target: dict[str, Any] | None = None  # where a size was to be met, what was chosen for it (`target.py`)
 
     @property
     def missed_gates(self) -> list[str]:
@@ -105,6 +106,17 @@ def worst_layers(report: Report, most: int = 5) -> tuple[str, list[tuple[str, fl
     what, losses = layer_losses(report)
     worst = sorted(((name, loss) for name, loss in losses.items() if loss > 0), key=lambda line: -line[1])
     return what, worst[:most]
+
+
+def told_target(target: dict[str, Any]) -> str:
+    """What was chosen for a target size, and what that should cost."""
+    uniform = target["uniform"]
+    beside = f", {uniform['predicted_kl']:.3g} with {uniform['candidate']} alone" if uniform else ""
+    chosen = ", ".join(f"{count} {name}" for name, count in target["weights"].items() if count)
+    return (
+        f"{target['bits_per_weight']:.3f} bits per weight chosen for least KL, predicted {target['predicted_kl']:.3g}"
+        f"{beside} ({chosen})"
+    )
 
 
 def is_lossless(report: Report) -> bool:

@@ -1,0 +1,188 @@
+"""`--target-size`: which of several schemes each weight gets, so that all tensors fit and the predicted loss is least.
+
+The KL divergence that an error of weights causes is predicted to the second order, as HAWQ-V2 [1911.03852] predicts the
+loss: half the squared errors times the curvature, which is the Fisher information, and of that the diagonal (SqueezeLLM
+[2306.07629]). Errors are those of `encode` without data: what calibration makes good later, it makes good in every
+weight, and to encode each candidate so would take many times as long.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress import fisher, sizes
+from compress.allocate import Option, allocate, loss
+from compress.candidates import Candidate
+from compress.fold import fused
+from compress.job import Job
+from compress.pipeline import ERROR_VALUES, check_finite, read_weight
+from compress.planning import weight_shape
+from compress.prepare import Prepared
+from compress.progress import Progress
+from compress.samples import Samples
+from compress.scheme import Scheme
+from compress.statistics import Statistics
+from compress.stats import Stats
+
+STAGE = "choosing"
+# An expert that few tokens came to counts with this part of the mean curvature of its set, or more if it has more.
+LEAST = 0.1
+
+
+class Target:
+    """What there is to choose, from headers. Raises ValueError where nothing is, and where nothing fits."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        assert prepared.target_bytes is not None
+        self.prepared, self.asked = prepared, prepared.target_bytes
+        self.sets: dict[str, list[str]] = {}  # whose weights get the same
+        for module in prepared.open:
+            self.sets.setdefault(fused(prepared.structure.linears[module]), []).append(module)
+        if not self.sets:
+            raise ValueError("--target-size: rules and candidates leave no weight to choose for")
+        self.bytes = [[sum(column) for column in zip(*map(self._bytes, m), strict=True)] for m in self.sets.values()]
+        chosen_by_first = sum(sizes[0] for sizes in self.bytes)
+        self.fixed = prepared.forecast().totals["bytes"] - chosen_by_first
+        least, self.most = (self.fixed + sum(map(pick, self.bytes)) for pick in (min, max))
+        if self.asked < least:
+            raise ValueError(
+                f"target size {self.asked} ({sizes.show(self.asked)}) is too small: with the smallest candidates all "
+                f"tensors take {least} bytes ({sizes.show(least)}); give that or more, or name smaller ones"
+            )
+        if prepared.plan.kv_cache:  # said now, and not when all is measured
+            turns = enumerate(self.sets.values())
+            count = len(prepared.candidates)
+            prepared.chosen({m: prepared.candidates[i % count] for i, modules in turns for m in modules})
+
+    def _bytes(self, module: str) -> list[int]:
+        """Of a weight with each candidate, which may leave it as it is."""
+        linear = self.prepared.structure.linears[module]
+        spec = self.prepared.source.specs[linear.source]
+        shape = weight_shape(linear, spec)
+        return [
+            math.prod(shape) * spec.dtype.itemsize if scheme is None else scheme.bytes(shape, spec.dtype)
+            for scheme in self._schemes(module)
+        ]
+
+    def _schemes(self, module: str) -> list[Scheme | None]:
+        found = [plan.modules.get(module) for plan in self.prepared.plans]
+        return [None if packed is None else packed.scheme for packed in found]
+
+    def choose(self, job: Job, text: Samples | Statistics, device: str, progress: Progress | None = None) -> Prepared:
+        """What is to be carried out, and notes in the job what the report says of it.
+
+        An interrupted run goes on at the set that it had come to.
+        """
+        known = job.recall(STAGE)
+        if known is None:
+            squares, started = self._squares(job, text, device, progress), time.monotonic()
+            lines = self._lines(job, squares, progress)
+            length = text.tokens.shape[1] if isinstance(text, Samples) else text.calibration["seq_len"]
+            known = self._chosen(lines, length - 1)
+            job.note(STAGE, {**known, "seconds": time.monotonic() - started})
+        numbers = zip(self.sets.values(), known["chosen"], strict=True)
+        return self.prepared.chosen({m: self.prepared.candidates[n] for modules, n in numbers for m in modules})
+
+    def _squares(
+        self, job: Job, text: Samples | Statistics, device: str, progress: Progress | None
+    ) -> Callable[[str], Tensor | None]:
+        """The Fisher information of a module."""
+        if isinstance(text, Statistics):
+            return text.fisher
+        linears = {module: self.prepared.structure.linears[module] for module in self.prepared.weighted}
+        return fisher.measure(job, self.prepared.source, linears, text.tokens, device, progress).of
+
+    def _lines(
+        self, job: Job, squares: Callable[[str], Tensor | None], progress: Progress | None
+    ) -> dict[str, dict[str, Any]]:
+        """Of each weight: its number of values, the mean of its curvature (None where that was not measured), and with
+        each candidate its squared error and the same times the curvature."""
+        lines: dict[str, dict[str, Any]] = {}
+        for number, (name, modules) in enumerate(self.sets.items()):
+            step = f"{STAGE}-{number}"
+            noted = job.recall(step)
+            if noted is None:
+                noted = {module: self._line(module, squares(module)) for module in modules}
+                job.note(step, noted)
+            lines |= noted
+            if progress:
+                progress(STAGE, number + 1, len(self.sets), name)
+        return lines
+
+    def _line(self, module: str, squares: Tensor | None) -> dict[str, Any]:
+        packed = next(plan.modules[module] for plan in self.prepared.plans if module in plan.modules)
+        weight = read_weight(self.prepared.source, packed)
+        check_finite(weight, module, packed)
+        errors = [_errors(weight, scheme, squares) for scheme in self._schemes(module)]
+        self.prepared.source.release(packed.source)
+        mean = None if squares is None else squares.mean(dtype=torch.float64).item()
+        return {"values": weight.numel(), "squares": mean, "errors": errors}
+
+    def _chosen(self, lines: Mapping[str, Mapping[str, Any]], tokens: int) -> dict[str, Any]:
+        """tokens: of a sample, on whose mean loss the gradient is that of; those of single ones add up to it."""
+        options = [
+            [Option(size, tokens / 2 * loss) for size, loss in zip(size, losses, strict=True)]
+            for size, losses in zip(self.bytes, self._losses(lines), strict=True)
+        ]
+        chosen = allocate(options, self.asked - self.fixed)
+        _, shared = self.prepared.described
+        names = [Candidate.of(candidate, shared).text for candidate in self.prepared.candidates]
+        taken = [names[number] for modules, number in zip(self.sets.values(), chosen, strict=True) for _ in modules]
+        size = sum(option[number].bytes for option, number in zip(options, chosen, strict=True))
+        room = self.asked - self.fixed
+        alike = [[number] * len(options) for number in range(len(names))]
+        fitting = [same for same in alike if sum(o[same[0]].bytes for o in options) <= room]
+        best = min(fitting, key=lambda same: loss(options, same), default=None)
+        report = {
+            "bytes": self.asked,
+            "candidates": names,
+            "weights": {name: taken.count(name) for name in names},
+            "bits_per_weight": 8 * size / sum(line["values"] for line in lines.values()),
+            "predicted_kl": loss(options, chosen),
+            "uniform": best and {"candidate": names[best[0]], "predicted_kl": loss(options, best)},
+        }
+        return {"chosen": chosen, "report": report, "note": self._note()}
+
+    def _losses(self, lines: Mapping[str, Mapping[str, Any]]) -> list[list[float]]:
+        """Squared errors times curvature, of each set with each candidate."""
+        everywhere, found = _mean(lines.values()), []
+        for modules in self.sets.values():
+            of_set = [lines[module] for module in modules]
+            mean = _mean(of_set)
+            least = LEAST * mean if mean is not None else 1.0 if everywhere is None else everywhere
+            columns = zip(*(line["errors"] for line in of_set), strict=True)
+            found.append([sum(max(weighted, least * plain) for plain, weighted in column) for column in columns])
+        return found
+
+    def _note(self) -> str | None:
+        if self.asked < self.most:
+            return None
+        return f"target size: all candidates fit, the largest of them take {sizes.show(self.most)}"
+
+
+def _errors(weight: Tensor, scheme: Scheme | None, squares: Tensor | None) -> tuple[float, float]:
+    """The sum of squared errors, and of these times `squares`. weight: (out_features, in_features)."""
+    if scheme is None:
+        return 0.0, 0.0
+    ones = torch.ones(weight.shape[1])
+    stats = Stats(0, ones, ones, ones) if scheme.needs_ranges else None  # ranges of inputs do nothing to the weight
+    decoded, rows = scheme.decode(scheme.encode(weight, stats)), max(1, ERROR_VALUES // weight.shape[1])
+    plain = weighted = 0.0
+    for i in range(0, len(weight), rows):
+        part = slice(i, i + rows)
+        error = (weight[part].float() - decoded[part].float()).square_()
+        plain += error.sum(dtype=torch.float64).item()
+        weighted += 0.0 if squares is None else error.mul_(squares[part]).sum(dtype=torch.float64).item()
+    return plain, weighted
+
+
+def _mean(lines: Sequence[Mapping[str, Any]] | Any) -> float | None:
+    """Of the curvature of all values for which it was measured."""
+    known = [(line["values"], line["squares"]) for line in lines if line["squares"] is not None]
+    return sum(count * mean for count, mean in known) / sum(count for count, _ in known) if known else None
