@@ -52,9 +52,10 @@ class Backwards(Blocks):
         files += [self._gradients(step, batch) for batch in numbers if step]
         return all(file.exists() and file.stat().st_size for file in files)
 
-    def gradients(self, step: int) -> Iterator[dict[str, Tensor]]:
+    def gradients(self, step: int) -> Iterator[dict[str, tuple[Tensor, float]]]:
         """Takes a step back. Of each sample: the gradients of the weights (out_features, in_features) of the block, or
-        of the head, by module; none where the loss does not depend on one. Raises ValueError where there is no way."""
+        of the head, by module, and the derivative when the weight as a whole is scaled; none where the loss does not
+        depend on one. Raises ValueError where there is no way."""
         block, self._differentiated, self._batch = self.order[step], True, -1
         self.open(block)
         if block == OUTSIDE:
@@ -66,8 +67,8 @@ class Backwards(Blocks):
         places = {module: place for module, place in places.items() if block != OUTSIDE or place is self._head}
         weights = [self._weight(module).requires_grad_() for module in places]
         for batch in range(len(self._batches)):
-            found = zip(places, self._back(step, batch, weights), strict=True)
-            yield {module: self._upright(module, g) for module, g in found if g is not None}
+            found = zip(places, weights, self._back(step, batch, weights), strict=True)
+            yield {m: (self._upright(m, g), float((g * w.detach()).sum())) for m, w, g in found if g is not None}
         if block != OUTSIDE:
             self.drop(block)
 

@@ -1,8 +1,9 @@
 """Fisher information of weights (SqueezeLLM [2306.07629]): mean over samples of the squared gradient of their loss.
 
-Its diagonal. The next tokens are drawn from what the model itself predicts, and not the text's: then the gradient is
-zero on average, and its square is the curvature of the KL divergence (Kunstner et al. [1905.12558]). On text that the
-model does not predict well, the text's own are ten times as large, and larger in other layers.
+Its diagonal, and its value along each weight, which coarse grids make shorter as a whole. The next tokens are drawn
+from what the model itself predicts, and are not the text's: then the gradient is zero on average, and its square is the
+curvature of the KL divergence (Kunstner et al. [1905.12558]). On text that the model does not predict well, the text's
+own make it ten times as large, and larger in other layers.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from compress.structure import Linear
 from compress.walk import is_whole, tensors_of
 
 STAGE = "differentiating"
+ALONG = "along"
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,18 @@ class Squares:
 
     def of(self, module: str) -> Tensor | None:
         """(out_features, in_features) float32; None where the loss does not depend on it, or it lies elsewhere."""
+        return self._read(module)
+
+    def along(self, module: str) -> float | None:
+        """Of the factor of a weight as a whole."""
+        found = self._read(f"{module}|{ALONG}")
+        return None if found is None else found.item()
+
+    def _read(self, name: str) -> Tensor | None:
         for file in self.files:
             with safe_open(file, "pt") as tensors:
-                if module in tensors.keys():
-                    found: Tensor = tensors.get_tensor(module)
+                if name in tensors.keys():
+                    found: Tensor = tensors.get_tensor(name)
                     return found
         return None
 
@@ -104,10 +114,12 @@ def changed(squares: Tensor, outputs: Change | None) -> Tensor:
 
 
 def _squares(model: Backwards, step: int, samples: int) -> dict[str, Tensor]:
-    """Means over the samples, by module."""
+    """Means over the samples, by module; and those of the squared derivatives along the weights, by longer names."""
     sums: dict[str, Tensor] = {}
     for gradients in model.gradients(step):
-        for module, gradient in gradients.items():
+        for module, (gradient, derivative) in gradients.items():
+            along = f"{module}|{ALONG}"
+            sums[along] = sums.get(along, torch.zeros(1)) + derivative**2
             square = gradient.square()
             sums[module] = square if module not in sums else sums[module].add_(square)
     for module, total in sums.items():

@@ -132,6 +132,12 @@ class Statistics:
         side = self._sides.get(module)
         return squares if squares is None or side is None else squares.index_select(side, self._order)
 
+    def along(self, module: str) -> float | None:
+        """The Fisher information of the factor of a weight as a whole."""
+        with safe_open(self.path, "pt") as file:
+            name = f"{module}|{fisher.ALONG}|{FISHER}"
+            return file.get_tensor(name).item() if name in file.keys() else None
+
     def _read_stats(self, leader: str, parts: frozenset[str], device: str, ordered: bool) -> Stats:
         with safe_open(self.path, "pt") as file:
             means = {part: file.get_tensor(f"{leader}|{part}") for part in MEANS}

@@ -2,15 +2,18 @@
 
 The KL divergence that an error of weights causes is predicted to the second order, as HAWQ-V2 [1911.03852] predicts the
 loss: half the squared errors times the curvature, which is the Fisher information, and of that the diagonal (SqueezeLLM
-[2306.07629]). Errors are those of `encode` without data: what calibration makes good later, it makes good in every
-weight, and to encode each candidate so would take many times as long.
+[2306.07629]). But a grid of 2 bits also makes weights a seventh shorter as a whole, and that costs several times what
+errors of this size in no direction do: this part of an error counts with the curvature in its own direction.
+
+Errors are those of `encode` without data: what calibration makes good later it makes good in every weight, and to
+encode each candidate with it would take many times as long.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -31,6 +34,7 @@ from compress.statistics import Statistics
 from compress.stats import Stats
 
 STAGE = "choosing"
+Known = Callable[[str], tuple[Tensor | None, float | None]]  # the Fisher information of a module, and along it
 # An expert that few tokens came to counts with this part of the mean curvature of its set, or more if it has more.
 LEAST = 0.1
 
@@ -81,26 +85,23 @@ class Target:
         """
         known = job.recall(STAGE)
         if known is None:
-            squares, started = self._squares(job, text, device, progress), time.monotonic()
-            lines = self._lines(job, squares, progress)
+            known_of = self._known(job, text, device, progress)
+            started = time.monotonic()
+            lines = self._lines(job, known_of, progress)
             length = text.tokens.shape[1] if isinstance(text, Samples) else text.calibration["seq_len"]
             known = self._chosen(lines, length - 1)
             job.note(STAGE, {**known, "seconds": time.monotonic() - started})
         numbers = zip(self.sets.values(), known["chosen"], strict=True)
         return self.prepared.chosen({m: self.prepared.candidates[n] for modules, n in numbers for m in modules})
 
-    def _squares(
-        self, job: Job, text: Samples | Statistics, device: str, progress: Progress | None
-    ) -> Callable[[str], Tensor | None]:
-        """The Fisher information of a module."""
+    def _known(self, job: Job, text: Samples | Statistics, device: str, progress: Progress | None) -> Known:
         if isinstance(text, Statistics):
-            return text.fisher
+            return lambda module: (text.fisher(module), text.along(module))
         linears = {module: self.prepared.structure.linears[module] for module in self.prepared.weighted}
-        return fisher.measure(job, self.prepared.source, linears, text.tokens, device, progress).of
+        found = fisher.measure(job, self.prepared.source, linears, text.tokens, device, progress)
+        return lambda module: (found.of(module), found.along(module))
 
-    def _lines(
-        self, job: Job, squares: Callable[[str], Tensor | None], progress: Progress | None
-    ) -> dict[str, dict[str, Any]]:
+    def _lines(self, job: Job, known_of: Known, progress: Progress | None) -> dict[str, dict[str, Any]]:
         """Of each weight: its number of values, the mean of its curvature (None where that was not measured), and with
         each candidate its squared error and the same times the curvature."""
         lines: dict[str, dict[str, Any]] = {}
@@ -108,18 +109,18 @@ class Target:
             step = f"{STAGE}-{number}"
             noted = job.recall(step)
             if noted is None:
-                noted = {module: self._line(module, squares(module)) for module in modules}
+                noted = {module: self._line(module, *known_of(module)) for module in modules}
                 job.note(step, noted)
             lines |= noted
             if progress:
                 progress(STAGE, number + 1, len(self.sets), name)
         return lines
 
-    def _line(self, module: str, squares: Tensor | None) -> dict[str, Any]:
+    def _line(self, module: str, squares: Tensor | None, along: float | None) -> dict[str, Any]:
         packed = next(plan.modules[module] for plan in self.prepared.plans if module in plan.modules)
         weight = read_weight(self.prepared.source, packed)
         check_finite(weight, module, packed)
-        errors = [_errors(weight, scheme, squares) for scheme in self._schemes(module)]
+        errors = [_errors(weight, scheme, squares, along) for scheme in self._schemes(module)]
         self.prepared.source.release(packed.source)
         mean = None if squares is None else squares.mean(dtype=torch.float64).item()
         return {"values": weight.numel(), "squares": mean, "errors": errors}
@@ -151,13 +152,17 @@ class Target:
 
     def _losses(self, lines: Mapping[str, Mapping[str, Any]]) -> list[list[float]]:
         """Squared errors times curvature, of each set with each candidate."""
-        everywhere, found = _mean(lines.values()), []
+        linears, everywhere = self.prepared.structure.linears, _mean(lines.values())
+        found = []
         for modules in self.sets.values():
-            of_set = [lines[module] for module in modules]
-            mean = _mean(of_set)
-            least = LEAST * mean if mean is not None else 1.0 if everywhere is None else everywhere
-            columns = zip(*(line["errors"] for line in of_set), strict=True)
-            found.append([sum(max(weighted, least * plain) for plain, weighted in column) for column in columns])
+            mean = _mean([lines[module] for module in modules])
+            unseen = LEAST * mean if mean is not None else 1.0 if everywhere is None else everywhere
+            losses = [0.0] * len(self.prepared.candidates)
+            for line, linear in ((lines[module], linears[module]) for module in modules):
+                least = 0.0 if linear.expert is None and line["squares"] is not None else unseen
+                for number, (plain, weighted) in enumerate(line["errors"]):
+                    losses[number] += max(weighted, least * plain)
+            found.append(losses)
         return found
 
     def _note(self) -> str | None:
@@ -166,23 +171,29 @@ class Target:
         return f"target size: all candidates fit, the largest of them take {sizes.show(self.most)}"
 
 
-def _errors(weight: Tensor, scheme: Scheme | None, squares: Tensor | None) -> tuple[float, float]:
-    """The sum of squared errors, and of these times `squares`. weight: (out_features, in_features)."""
+def _errors(weight: Tensor, scheme: Scheme | None, squares: Tensor | None, along: float | None) -> tuple[float, float]:
+    """The sum of squared errors, and the same times the curvature. weight: (out_features, in_features)."""
     if scheme is None:
         return 0.0, 0.0
     ones = torch.ones(weight.shape[1])
     stats = Stats(0, ones, ones, ones) if scheme.needs_ranges else None  # ranges of inputs do nothing to the weight
     decoded, rows = scheme.decode(scheme.encode(weight, stats)), max(1, ERROR_VALUES // weight.shape[1])
-    plain = weighted = 0.0
+    # products of weights and errors with themselves and each other, plain and times the curvature: ww, we, ee
+    sums = torch.zeros(2, 3, dtype=torch.float64)
     for i in range(0, len(weight), rows):
         part = slice(i, i + rows)
-        error = (weight[part].float() - decoded[part].float()).square_()
-        plain += error.sum(dtype=torch.float64).item()
-        weighted += 0.0 if squares is None else error.mul_(squares[part]).sum(dtype=torch.float64).item()
-    return plain, weighted
+        w = weight[part].float()
+        e = decoded[part].float() - w
+        products = torch.stack([w * w, w * e, e * e])
+        sums[0] += products.sum((1, 2))
+        if squares is not None:
+            sums[1] += products.mul_(squares[part]).sum((1, 2))
+    (ww, we, ee), (fww, fwe, fee) = sums.tolist()
+    longer = we / ww if ww else 0.0  # what the error makes the weight longer by, the rest being orthogonal to it
+    return ee, max(0.0, fee - 2 * longer * fwe + longer**2 * fww) + longer**2 * (along or 0.0)
 
 
-def _mean(lines: Sequence[Mapping[str, Any]] | Any) -> float | None:
+def _mean(lines: Iterable[Mapping[str, Any]]) -> float | None:
     """Of the curvature of all values for which it was measured."""
     known = [(line["values"], line["squares"]) for line in lines if line["squares"] is not None]
     return sum(count * mean for count, mean in known) / sum(count for count, _ in known) if known else None

@@ -51,6 +51,8 @@ def whole(path: Path, linears: dict[str, Linear]) -> dict[str, Tensor]:
             if parameter.grad is None:
                 continue
             square = parameter.grad.square()
+            along = (parameter.grad * parameter.detach()).sum().square()
+            sums[f"{module}|along"] = sums.get(f"{module}|along", torch.zeros(())) + along / len(SAMPLES)
             if linear.expert is not None:
                 place = (linear.path, linear.expert)
                 parts = [other for other in linears.values() if (other.path, other.expert) == place]
@@ -82,6 +84,9 @@ def test_block_by_block_it_is_that_of_the_whole_model(
             assert not expected.get(module, torch.zeros(1)).any() and linear.expert is not None, module
             continue
         torch.testing.assert_close(squares, expected[module], rtol=1e-3, atol=1e-5 * float(expected[module].max()))
+        along = torch.tensor(found.along(module))
+        if linear.expert is None:
+            torch.testing.assert_close(along, expected[f"{module}|along"], rtol=1e-3, atol=1e-9)
         seen += 1
     assert seen > len(linears) / 2
 
