@@ -51,8 +51,8 @@ class Target:
         if not self.sets:
             raise ValueError("--target-size: rules and candidates leave no weight to choose for")
         self.bytes = [[sum(column) for column in zip(*map(self._bytes, m), strict=True)] for m in self.sets.values()]
-        chosen_by_first = sum(sizes[0] for sizes in self.bytes)
-        self.fixed = prepared.forecast().totals["bytes"] - chosen_by_first
+        first = sum(column[0] for column in self.bytes)
+        self.fixed = prepared.forecast().totals["bytes"] - first
         least, self.most = (self.fixed + sum(map(pick, self.bytes)) for pick in (min, max))
         if self.asked < least:
             raise ValueError(
@@ -126,17 +126,18 @@ class Target:
         return {"values": weight.numel(), "squares": mean, "errors": errors}
 
     def _chosen(self, lines: Mapping[str, Mapping[str, Any]], tokens: int) -> dict[str, Any]:
-        """tokens: of a sample, on whose mean loss the gradient is that of; those of single ones add up to it."""
+        """tokens: of a sample. The gradient is that of their mean loss, and squared so many times smaller than that of a
+        single one, where these are independent."""
         options = [
-            [Option(size, tokens / 2 * loss) for size, loss in zip(size, losses, strict=True)]
-            for size, losses in zip(self.bytes, self._losses(lines), strict=True)
+            [Option(size, tokens / 2 * cost) for size, cost in zip(*columns, strict=True)]
+            for columns in zip(self.bytes, self._losses(lines), strict=True)
         ]
-        chosen = allocate(options, self.asked - self.fixed)
+        room = self.asked - self.fixed
+        chosen = allocate(options, room)
         _, shared = self.prepared.described
         names = [Candidate.of(candidate, shared).text for candidate in self.prepared.candidates]
         taken = [names[number] for modules, number in zip(self.sets.values(), chosen, strict=True) for _ in modules]
         size = sum(option[number].bytes for option, number in zip(options, chosen, strict=True))
-        room = self.asked - self.fixed
         alike = [[number] * len(options) for number in range(len(names))]
         fitting = [same for same in alike if sum(o[same[0]].bytes for o in options) <= room]
         best = min(fitting, key=lambda same: loss(options, same), default=None)

@@ -25,6 +25,7 @@ from compress.job import Job
 from compress.source import Source
 from compress.statistics import Statistics
 from compress.stats import Stats
+from compress.stream import Reordered
 from compress.structure import Linear, Structure, build, read_config
 
 SAMPLES = torch.randint(3, 60, (3, 16), generator=torch.Generator().manual_seed(0))
@@ -147,6 +148,19 @@ class count:
     def __call__(self, *arguments: Any) -> Any:
         self.calls.append(arguments)
         return self.function(*arguments)
+
+
+def test_it_is_measured_once_but_for_channels_in_another_order(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_model("one-layer")
+    source = Source(path)
+    linears = Structure(build(read_config(path)), source.specs).linears
+    monkeypatch.setattr(fisher, "_squares", counted := count(fisher._squares))
+    with Job(tmp_path / "out", {}) as job:
+        for source_now, calls in ((source, 2), (source, 2), (Reordered(source, {}, []), 4)):
+            fisher.measure(job, source_now, linears, SAMPLES, "cpu")
+            assert len(counted.calls) == calls
 
 
 def test_gradients_that_are_not_finite_are_refused(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
