@@ -126,8 +126,8 @@ class Target:
         return {"values": weight.numel(), "squares": mean, "errors": errors}
 
     def _chosen(self, lines: Mapping[str, Mapping[str, Any]], tokens: int) -> dict[str, Any]:
-        """tokens: of a sample. The gradient is that of their mean loss, and squared so many times smaller than that of a
-        single one, where these are independent."""
+        """tokens: of a sample. The gradient is that of their mean loss: squared, that of a single one is so many times
+        as large, where these are independent."""
         options = [
             [Option(size, tokens / 2 * cost) for size, cost in zip(*columns, strict=True)]
             for columns in zip(self.bytes, self._losses(lines), strict=True)
