@@ -56,6 +56,16 @@ def ordered(hessian: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
     return order, _inverse_factor(hessian[order][:, order], damping)
 
 
+def remaining(hessian: Tensor) -> float:
+    """The part of the squared error of the outputs that `compensate` leaves of rounding each column for itself, where
+    the errors of columns are independent: tr D / tr H, H = L D L^T (QuIP [2307.13304], section 3)."""
+    try:
+        _, factor = ordered(hessian)
+    except NotPositiveDefinite:
+        return 1.0
+    return float(factor.diagonal().double().pow(-2).sum() / damped(hessian).diagonal().double().sum())
+
+
 def damped(hessian: Tensor, damping: float = DAMPING) -> Tensor:
     """hessian: (in_features, in_features). Returns it with a fraction of its mean diagonal added to the diagonal."""
     return hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian), device=hessian.device)

@@ -5,24 +5,30 @@ loss: half the squared errors times the curvature, which is the Fisher informati
 [2306.07629]). But a grid of 2 bits also makes weights a seventh shorter as a whole, and that costs several times what
 errors of this size in no direction do: this part of an error counts with the curvature in its own direction.
 
-Errors are those of `encode` without data: what calibration makes good later it makes good in every weight, and to
-encode each candidate with it would take many times as long.
+Errors are those of `encode` without data, since to encode each candidate with it would take many times as long. What
+GPTQ will leave of them depends on how much the inputs of a layer have in common, and hardly on the candidate: so it is
+known from their Hessian (`gptq.remaining`).
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from compress import fisher, sizes
+from compress import fisher, gptq, sizes
 from compress.allocate import Option, allocate, loss
+from compress.blocks import Blocks
 from compress.candidates import Candidate
 from compress.fold import fused
+from compress.hollow import OUTSIDE
 from compress.job import Job
 from compress.pipeline import ERROR_VALUES, check_finite, read_weight
 from compress.planning import weight_shape
@@ -30,10 +36,12 @@ from compress.prepare import Prepared
 from compress.progress import Progress
 from compress.samples import Samples
 from compress.scheme import Scheme
-from compress.statistics import Statistics
+from compress.statistics import HESSIAN, Statistics
 from compress.stats import Stats
+from compress.walk import tensors_of, walk
 
 STAGE = "choosing"
+INPUTS = "inputs"  # the stage before
 Known = Callable[[str], tuple[Tensor | None, float | None]]  # the Fisher information of a module, and along it
 # An expert that few tokens came to counts with this part of the mean curvature of its set, or more if it has more.
 LEAST = 0.1
@@ -85,9 +93,8 @@ class Target:
         """
         known = job.recall(STAGE)
         if known is None:
-            known_of = self._known(job, text, device, progress)
-            started = time.monotonic()
-            lines = self._lines(job, known_of, progress)
+            known_of, started = self._known(job, text, device, progress), time.monotonic()
+            lines = self._lines(job, known_of, self._remaining(job, text, device, progress), progress)
             length = text.tokens.shape[1] if isinstance(text, Samples) else text.calibration["seq_len"]
             known = self._chosen(lines, length - 1)
             job.note(STAGE, {**known, "seconds": time.monotonic() - started})
@@ -101,26 +108,64 @@ class Target:
         found = fisher.measure(job, self.prepared.source, linears, text.tokens, device, progress)
         return lambda module: (found.of(module), found.along(module))
 
-    def _lines(self, job: Job, known_of: Known, progress: Progress | None) -> dict[str, dict[str, Any]]:
+    def _remaining(
+        self, job: Job, text: Samples | Statistics, device: str, progress: Progress | None
+    ) -> dict[str, float]:
+        """What GPTQ leaves of the errors of modules that it may be used on, and that text comes to."""
+        wanting = [module for module in self.prepared.open if any(map(_compensates, self._schemes(module)))]
+
+        def found(stats: Mapping[str, Stats | None]) -> dict[str, float]:
+            hessians = {m: known.hessian for m in wanting if m in stats and (known := stats[m]) is not None}
+            distinct = {id(hessian): hessian for hessian in hessians.values() if hessian is not None}
+            left = {key: gptq.remaining(hessian) for key, hessian in distinct.items()}
+            return {module: left[id(hessian)] for module, hessian in hessians.items()}
+
+        if isinstance(text, Statistics):
+            each = [found({module: text.stats(module, [HESSIAN], device)}) for module in wanting]
+            return {module: part for known in each for module, part in known.items()}
+
+        def visit(blocks: Blocks, block: str) -> dict[str, Any]:
+            blocks.open(block)
+            modules = blocks.linears(block)
+            noted = found(blocks.measure(block, modules) if modules else {})
+            if block != OUTSIDE:
+                blocks.close(block)
+            place = tensors_of(job, INPUTS, block)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            save_file({}, place)
+            return noted
+
+        linears = {module: self.prepared.structure.linears[module] for module in wanting}
+        start = partial(Blocks, self.prepared.source, linears, text.tokens, job.scratch / INPUTS, device)
+        visited = walk(job, INPUTS, start, visit, progress) if wanting else {}
+        shutil.rmtree(job.scratch / INPUTS, ignore_errors=True)
+        return {module: part for noted in visited.values() for module, part in noted.items()}
+
+    def _lines(
+        self, job: Job, known_of: Known, remaining: Mapping[str, float], progress: Progress | None
+    ) -> dict[str, dict[str, Any]]:
         """Of each weight: its number of values, the mean of its curvature (None where that was not measured), and with
-        each candidate its squared error and the same times the curvature."""
+        each candidate its squared error and the same times the curvature, both as far as they remain."""
         lines: dict[str, dict[str, Any]] = {}
         for number, (name, modules) in enumerate(self.sets.items()):
             step = f"{STAGE}-{number}"
             noted = job.recall(step)
             if noted is None:
-                noted = {module: self._line(module, *known_of(module)) for module in modules}
+                noted = {m: self._line(m, *known_of(m), remaining.get(m, 1.0)) for m in modules}
                 job.note(step, noted)
             lines |= noted
             if progress:
                 progress(STAGE, number + 1, len(self.sets), name)
         return lines
 
-    def _line(self, module: str, squares: Tensor | None, along: float | None) -> dict[str, Any]:
+    def _line(self, module: str, squares: Tensor | None, along: float | None, remaining: float) -> dict[str, Any]:
         packed = next(plan.modules[module] for plan in self.prepared.plans if module in plan.modules)
         weight = read_weight(self.prepared.source, packed)
         check_finite(weight, module, packed)
-        errors = [_errors(weight, scheme, squares, along) for scheme in self._schemes(module)]
+        schemes = self._schemes(module)
+        parts = [remaining if _compensates(scheme) else 1.0 for scheme in schemes]
+        found = [_errors(weight, scheme, squares, along) for scheme in schemes]
+        errors = [(part * plain, part * weighted) for part, (plain, weighted) in zip(parts, found, strict=True)]
         self.prepared.source.release(packed.source)
         mean = None if squares is None else squares.mean(dtype=torch.float64).item()
         return {"values": weight.numel(), "squares": mean, "errors": errors}
@@ -170,6 +215,10 @@ class Target:
         if self.asked < self.most:
             return None
         return f"target size: all candidates fit, the largest of them take {sizes.show(self.most)}"
+
+
+def _compensates(scheme: Scheme | None) -> bool:
+    return scheme is not None and scheme.needs_hessian
 
 
 def _errors(weight: Tensor, scheme: Scheme | None, squares: Tensor | None, along: float | None) -> tuple[float, float]:

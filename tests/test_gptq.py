@@ -55,6 +55,21 @@ def test_it_is_optimal_brain_quantization_of_one_column_after_the_other(
     assert (found == slow(weight, hessian, 0.01)).float().mean() > 0.97  # sums that lie between two steps may differ
 
 
+def test_what_remains_of_the_error_is_known_before() -> None:
+    x = inputs(2000, 40)
+    hessian = x.T @ x / len(x)
+    weight = torch.randn(400, 40, generator=torch.Generator().manual_seed(1)) * 20  # many steps: errors are independent
+
+    def energy(stored: Tensor) -> float:
+        error = stored - weight
+        return float(((error @ gptq.damped(hessian)) * error).sum())
+
+    found = energy(compensate(weight, hessian, halves)) / energy(halves(weight, 0))
+    assert found == pytest.approx(gptq.remaining(hessian), rel=0.05) and found < 0.8
+    assert gptq.remaining(torch.eye(5)) == pytest.approx(1)
+    assert gptq.remaining(torch.full((2, 2), torch.nan)) == 1
+
+
 def test_two_columns_by_hand() -> None:
     # Inputs are alike in both columns but for the damping: what the first loses, the second takes over.
     hessian = torch.tensor([[1.0, 1.0], [1.0, 1.0]])

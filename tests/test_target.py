@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 
 import compress
-from compress import fisher, pipeline
+from compress import fisher, gptq, pipeline
 from compress.backwards import Backwards
 from compress.blocks import Blocks
 from compress.calibrate import Calibration
@@ -171,6 +171,31 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     compress.quantize(llama_dir, tmp_path / "out", "int4", target_size=between, **RTN)
     assert bits(tmp_path / "out") == bits(whole)
     assert (tmp_path / "out" / "compress.json").read_bytes() == (whole / "compress.json").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole_gptq(llama_dir: Path, between: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("gptq") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compress.run.draw", lambda *_: SAMPLES)
+        report = compress.quantize(llama_dir, out, "int4", target_size=between, **{**RTN, "method": "gptq"})
+    assert report.bytes <= between and report.target and len(set(chosen(out).values())) > 1
+    return out
+
+
+@pytest.mark.parametrize("call", [1, 6, 20])
+def test_a_calibrated_choice_goes_on_after_a_kill(
+    call: int, llama_dir: Path, between: int, whole_gptq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While Hessians of the first block are looked at, of the second, and of blocks that are compressed."""
+    how = {**RTN, "method": "gptq"}
+    with monkeypatch.context() as patch:
+        patch.setattr(gptq, "ordered", dying(gptq.ordered, call))
+        with pytest.raises(Killed):
+            compress.quantize(llama_dir, tmp_path / "out", "int4", target_size=between, **how)
+    monkeypatch.setattr(Backwards, "gradients", dying(Backwards.gradients, 1))
+    compress.quantize(llama_dir, tmp_path / "out", "int4", target_size=between, **how)
+    assert bits(tmp_path / "out") == bits(whole_gptq)
 
 
 def test_another_target_or_candidate_starts_afresh(
