@@ -58,12 +58,15 @@ def ordered(hessian: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
 
 def remaining(hessian: Tensor) -> float:
     """The part of the squared error of the outputs that `compensate` leaves of rounding each column for itself, where
-    the errors of columns are independent: tr D / tr H, H = L D L^T (QuIP [2307.13304], section 3)."""
+    these roundings are independent: tr D / tr H, H = L D L^T, without damping (QuIP [2307.13304], section 3)."""
     try:
-        _, factor = ordered(hessian)
+        order, factor = ordered(hessian)
     except NotPositiveDefinite:
         return 1.0
-    return float(factor.diagonal().double().pow(-2).sum() / damped(hessian).diagonal().double().sum())
+    # What a column is off by it leaves there and, as its line of this says, in those to come.
+    spread = factor / factor.diagonal()[:, None]
+    energy = ((spread @ hessian[order][:, order]) * spread).sum(dtype=torch.float64)
+    return float(energy / hessian.diagonal().sum(dtype=torch.float64)) if hessian.any() else 1.0
 
 
 def damped(hessian: Tensor, damping: float = DAMPING) -> Tensor:
