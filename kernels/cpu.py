@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -112,7 +112,9 @@ def dense(x: Tensor, shape: tuple[int, int], rows: Callable[[slice], Tensor], bi
         return F.linear(x, rows(slice(0, height)).to(x.dtype), bias)
     flat = x.reshape(-1, columns)
     if isinstance(rows, Rows) and rows.takes(flat) and len(flat):
-        if len(flat) <= measured.most_tokens(_IN_CACHE, shape, rows.product, lambda x: _in_parts(x, shape, rows, None)):
+        part = replace(rows, shape=(min(height, _TIMED_ROWS), columns))
+        ways = (part.product, lambda x: _in_parts(x, part.shape, part, None))
+        if len(flat) <= measured.most_tokens(_IN_CACHE, part.shape, *ways, _TIMED):
             y = rows.product(flat)
             y = y if bias is None else y.add_(bias)
             return y.to(x.dtype).view(*x.shape[:-1], height)
@@ -134,6 +136,7 @@ def _in_parts(x: Tensor, shape: tuple[int, int], rows: Callable[[slice], Tensor]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _IN_CACHE = "rows that are decoded and multiplied in a cache"
+_TIMED_ROWS, _TIMED = 4096, (16, 64, 256)  # of these, and tokens
 _AT_ONCE = 1 << 23  # bytes of rows that are decoded at a time, in the dtype that they are multiplied in
 
 

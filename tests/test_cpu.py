@@ -426,6 +426,14 @@ def test_the_sizes_between_those_that_are_timed_are_interpolated(
 ) -> None:
     monkeypatch.setattr(measured, "_remembered", lambda name, measure: measure())
     monkeypatch.setattr(measured, "_seconds", lambda *functions: [*times, *others])
+    monkeypatch.setattr(measured, "WORTH", 0.0)
+    assert measured.most_tokens("", (1, 8), torch.sum, torch.sum) == limit
+
+
+@pytest.mark.parametrize(("part", "limit"), [(0.96, measured.MANY), (0.94, 0)])
+def test_a_little_that_decoding_saves_is_not_worth_it(part: float, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "_remembered", lambda name, measure: measure())
+    monkeypatch.setattr(measured, "_seconds", lambda *functions: [1, 4, 16, 64, part, 4 * part, 16 * part, 64 * part])
     assert measured.most_tokens("", (1, 8), torch.sum, torch.sum) == limit
 
 
