@@ -134,25 +134,6 @@ def _take_groups(context, arrays, groups, group_size, out, count, step):  # type
     return numba.int64(arrays, groups, group_size, out, count, step), generate
 
 
-@intrinsic
-def round_off(context, values, out, count):  # type: ignore[no-untyped-def]
-    """out[i] = values[i], float32, as words of bfloat16, subnormal numbers as zero, for whole vectors. Returns how many
-    values these are: none where the processor does not do that."""
-
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        if not simd.has_dots():
-            return integer(0)
-        source, target = (simd.data(context, builder, arguments[i], signature.args[i]) for i in range(2))
-        end = builder.and_(arguments[2], integer(-32))
-        with cgutils.for_range_slice(builder, integer(0), end, integer(32), inc=True) as (at, _):
-            start = builder.mul(at, integer(4))
-            parts = [load(builder, source, vector(f32, 16), builder.add(start, integer(i))) for i in (0, 64)]
-            _store(builder, simd.bfloat16(builder, parts), target, at)
-        return end
-
-    return numba.int64(values, out, count), generate
-
-
 def _is_small(builder: Any, scale: Any) -> Any:
     """Whether a scale is smaller than SMALL, and not zero."""
     size = builder.and_(builder.bitcast(scale, i32), ir.Constant(i32, 0x7FFFFFFF))

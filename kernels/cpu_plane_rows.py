@@ -15,22 +15,23 @@ from compress.kernels.simd import constant, f32, i8, i32, i64, integer, load, sp
 ROWS = 4  # that share the factor of the columns in registers
 MOST_CHOSEN = 3  # bits of a code whose level is chosen in registers; of longer ones it is looked up
 MOST_IN_TABLES = 8  # where that is in registers too
+WEIGHTS, WORDS, SUMS = range(3)
 EXACT, FUSED, PAIRED = range(3)  # how a scale is summed up: as every machine does; unrounded; two factors at a time
 
 
 class Form(NamedTuple):
-    """What a loop is compiled for. adds: weights are summed up with a token, and none is written."""
+    """What a loop is compiled for."""
 
     planes: int
     lanes: int
     sums: int  # EXACT, FUSED or PAIRED
-    adds: int
+    gives: int  # WEIGHTS in float32; WORDS of bfloat16, rounded by the processor; or their SUMS with a token
 
 
 @intrinsic
 def plane_rows(context, limits, arrays, place, form):  # type: ignore[no-untyped-def]
-    """Fills the last of `arrays` with ROWS rows, in float32; or, where the form adds, with their products with a token.
-    Those behind the last row are that row.
+    """Fills the last of `arrays` with ROWS rows, or with their products with a token. Those behind the last row are
+    that row.
 
     limits: the floor and the largest weight. arrays: addresses, u of these rows and v in float32 or as pairs of
     bfloat16, levels, the token laid out as v is, and what is filled, all flat. place: the first row, the one behind the
@@ -75,18 +76,20 @@ class _Rows:
             for r, scale in enumerate(self._scales(number)):
                 source = builder.add(builder.mul(self.rows[r], width), byte)
                 weights = self._weights(scale, [self._bits(plane, source) for plane in self._planes()])
-                if self.form.adds:
+                if self.form.gives == SUMS:
                     x = load(builder, self.x, self.floats, builder.mul(number, integer(4 * self.form.lanes)))
                     builder.store(simd.fma(builder, weights, x, builder.load(sums[r])), sums[r])
                 else:
                     self._store(weights, builder.add(builder.mul(integer(r), self.columns), column))
-        for r, place in enumerate(sums if self.form.adds else ()):
+        for r, place in enumerate(sums if self.form.gives == SUMS else ()):
             builder.store(simd.total(builder, builder.load(place)), builder.gep(self.out, [integer(r)]))
 
     def _store(self, weights: Any, at: Any) -> None:
-        builder = self.builder
-        target = builder.gep(self.out, [at])
-        builder.store(weights, builder.bitcast(target, weights.type.as_pointer()), align=4)
+        builder, target = self.builder, self.builder.gep(self.out, [at])
+        if self.form.gives == WORDS:
+            halves = [simd.shuffle(builder, weights, range(i, i + 16)) for i in range(0, self.form.lanes, 16)]
+            weights = simd.bfloat16(builder, halves)
+        builder.store(weights, builder.bitcast(target, weights.type.as_pointer()), align=1)
 
     def _scales(self, number: Any) -> list[Any]:
         """max(u @ v, floor * u0 * v0) of each row, summed in the order of the factors."""

@@ -14,8 +14,7 @@ from compress.formats.compiled import jit
 from compress.formats.threads import in_threads
 from compress.kernels import simd
 from compress.kernels.cpu_floats import FLOAT32, Layout, float_row
-from compress.kernels.cpu_levels import round_off
-from compress.kernels.cpu_plane_rows import EXACT, FUSED, PAIRED, ROWS, Form, plane_rows
+from compress.kernels.cpu_plane_rows import EXACT, FUSED, PAIRED, ROWS, SUMS, WEIGHTS, WORDS, Form, plane_rows
 from compress.kernels.decode import store
 
 
@@ -47,7 +46,9 @@ def paired(v: Any) -> Any:
 def loop(planes: int, exact: bool) -> Any:
     """The loop of a `Rows` that decodes so many planes, as every machine does; or, not exactly so, sooner. Its
     arguments are the stack of `product`, with v as `interleaved` gives it where it is exact."""
-    return _dense_rows(Form(planes, simd.lanes(), EXACT if exact else _sums(), 0))
+    if exact or not simd.has_dots():
+        return _dense_rows(Form(planes, simd.lanes(), EXACT if exact else FUSED, WEIGHTS))
+    return _word_rows(Form(planes, simd.lanes(), PAIRED, WORDS))
 
 
 def _sums() -> int:
@@ -63,8 +64,8 @@ def product(stack: tuple[Any, ...], x: Any, columns: int) -> Any:
     """
     addresses, u = stack[:2]
     out = np.empty((len(x), len(u)), np.float32)
-    width, form = -(-columns // 8) * 8, Form(len(addresses), simd.lanes(), _sums(), int(len(x) == 1))
-    if form.adds:
+    width, form = -(-columns // 8) * 8, Form(len(addresses), simd.lanes(), _sums(), SUMS if len(x) == 1 else WEIGHTS)
+    if form.gives == SUMS:
         loop, x = _sum_rows(form), _once(x, width)
     else:
         loop = _product_rows(form, Layout(FLOAT32, 0, 128, form.lanes, 1))
@@ -81,7 +82,7 @@ def _once(x: Any, width: int) -> Any:
 
 @cache
 def _dense_rows(form: Form) -> Any:
-    text, in_pairs, is_near = " ".join(map(str, form)), form.sums == PAIRED, form.sums != EXACT
+    text = " ".join(map(str, form))
 
     @jit
     def rows_of(start, stop, base, columns, out, dropped, addresses, u, v, levels, floor, largest):  # type: ignore[no-untyped-def]
@@ -90,12 +91,31 @@ def _dense_rows(form: Form) -> Any:
         left = np.empty(ROWS * u.shape[1], np.uint32)
         factors = (addresses, left, v.reshape(-1), levels, levels, found.reshape(-1))
         for row in range(base + start, base + stop, ROWS):
-            count = _fill(u, row, base + stop, in_pairs, left)
+            count = _fill(u, row, base + stop, False, left)
             plane_rows((floor, largest), factors, (row, base + stop, count, width), text)
             for r in range(min(ROWS, base + stop - row)):
-                values, line = found[r, :columns], out[row - base + r, :columns]
-                done = round_off(values, line, columns) if is_near and dropped else 0
-                store(values[done:], line[done:], dropped)
+                store(found[r, :columns], out[row - base + r, :columns], dropped)
+
+    return rows_of
+
+
+@cache
+def _word_rows(form: Form) -> Any:
+    text = " ".join(map(str, form))
+
+    @jit
+    def rows_of(start, stop, base, columns, out, dropped, addresses, u, v, levels, floor, largest):  # type: ignore[no-untyped-def]
+        width = (columns + 7) // 8 * 8
+        found = np.empty((ROWS, width), np.uint16)
+        left = np.empty(ROWS * u.shape[1], np.uint32)
+        factors = (addresses, left, v.reshape(-1), levels, levels, found.reshape(-1))
+        for row in range(base + start, base + stop, ROWS):
+            count = _fill(u, row, base + stop, True, left)
+            plane_rows((floor, largest), factors, (row, base + stop, count, width), text)
+            for r in range(min(ROWS, base + stop - row)):
+                words, line = found[r, :columns], out[row - base + r, :columns]
+                for i in range(columns):  # an assignment of arrays is no loop of vectors
+                    line[i] = words[i]
 
     return rows_of
 
