@@ -208,7 +208,7 @@ def test_a_model_of_any_size_is_saved_and_loaded(whole: Path, tmp_path: Path) ->
     model.save_pretrained(tmp_path / "saved")
     again = compress.load(tmp_path / "saved")
     assert torch.equal(logits(again), logits(model)) and bytes_of(again) == bytes_of(model)
-    again.resize(int(0.6 * bytes_of(again)))  # whatever the order that another writer puts blocks in
+    again.resize(int(0.65 * bytes_of(again)))  # whatever the order that another writer puts blocks in
     logits(again)
 
 
