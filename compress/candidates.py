@@ -70,6 +70,8 @@ def candidates(text: str, options: Mapping[str, Any]) -> tuple[Scheme, ...]:
     chosen later.
     """
     listed = parse(text, "--scheme")
+    if len(listed) == 1 and "," in text:
+        raise ValueError(f"--scheme {text}: one is listed; name several, or leave out the comma for all its widths")
     if len(listed) > 1 and options:
         raise ValueError(f"{', '.join(options)}: of several schemes each has its own options, for example int4:bits=3")
     if len(listed) > 1:

@@ -43,8 +43,8 @@ def main() -> None:
 @options.under("Scheme")(
     "--target-size",
     metavar="SIZE",
-    help="What all tensors may take, 3.2GiB or bytes: each weight gets a width of --scheme, or of a list "
-    "(int4:bits=3,int4,fp8) one, so that the predicted loss is least.",
+    help="What all tensors may take, 3.2GiB or bytes: each weight gets one of the widths of --scheme, or of the "
+    "schemes that it lists (int4:bits=3,int4,fp8), so that the predicted loss is least.",
 )
 @options.calibration
 @options.under("Scoring")("--eval/--no-eval", "score", default=True, help="Score the result against the original.")

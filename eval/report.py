@@ -113,10 +113,8 @@ def told_target(target: dict[str, Any]) -> str:
     uniform = target["uniform"]
     beside = f", {uniform['predicted_kl']:.3g} with {uniform['candidate']} alone" if uniform else ""
     chosen = ", ".join(f"{count} {name}" for name, count in target["weights"].items() if count)
-    return (
-        f"{target['bits_per_weight']:.3f} bits per weight chosen for least KL, predicted {target['predicted_kl']:.3g}"
-        f"{beside} ({chosen})"
-    )
+    bits = f"{target['bits_per_weight']:.3f} bits for each weight that was to be chosen for"
+    return f"{bits}, least KL, predicted {target['predicted_kl']:.3g}{beside} ({chosen})"
 
 
 def is_lossless(report: Report) -> bool:

@@ -106,6 +106,8 @@ def dense(x: Tensor, shape: tuple[int, int], rows: Callable[[slice], Tensor], bi
     32. On the CPU a few at a time, which are still in a cache when they are multiplied and need no new memory; in
     float32 where this processor multiplies that faster."""
     height, columns = shape
+    if x.shape[-1] != columns:
+        raise ValueError(f"x: {x.shape[-1]} columns, and the weight has {columns}")
     differentiated = torch.is_grad_enabled() and x.requires_grad
     few = height * columns < LEAST
     if x.device.type != "cpu" or differentiated or few or _DECODED.get() or torch.is_autocast_enabled("cpu"):
@@ -114,10 +116,13 @@ def dense(x: Tensor, shape: tuple[int, int], rows: Callable[[slice], Tensor], bi
     if isinstance(rows, Rows) and rows.takes(flat) and len(flat):
         part = replace(rows, shape=(min(height, _TIMED_ROWS), columns))
         ways = (part.product, lambda x: _in_parts(x, part.shape, part, None))
-        if len(flat) <= measured.most_tokens(_IN_CACHE, part.shape, *ways, _TIMED):
-            y = rows.product(flat)
-            y = y if bias is None else y.add_(bias)
-            return y.to(x.dtype).view(*x.shape[:-1], height)
+        if len(flat) <= measured.most_tokens(f"{_IN_CACHE} by {rows.name}", part.shape, *ways, _TIMED):
+            y = x.new_empty(len(flat), height)
+            step = max(_TIMED[1], _MOST_SUMS // (4 * height))
+            for first in range(0, len(flat), step):
+                sums = rows.product(flat[first : first + step])
+                y[first : first + step] = sums if bias is None else sums.add_(bias)
+            return y.view(*x.shape[:-1], height)
     return _in_parts(flat, shape, rows, bias).view(*x.shape[:-1], height)
 
 
@@ -136,6 +141,7 @@ def _in_parts(x: Tensor, shape: tuple[int, int], rows: Callable[[slice], Tensor]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _IN_CACHE = "rows that are decoded and multiplied in a cache"
+_MOST_SUMS = 1 << 27  # bytes, which are float32 until they are rounded
 _TIMED_ROWS, _TIMED = 4096, (16, 64, 256)  # of these, and tokens
 _AT_ONCE = 1 << 23  # bytes of rows that are decoded at a time, in the dtype that they are multiplied in
 

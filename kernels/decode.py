@@ -46,7 +46,7 @@ def groups_rows(packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int,
     if zeros is not None:
         _check_shape("zeros", zeros, (rows, count))
     offsets = torch.full((rows, count), 1 << (bits - 1), dtype=torch.uint8) if zeros is None else zeros.contiguous()
-    stored = packed.contiguous().numpy().view(np.uint8), scales.float().numpy(), _NONE, offsets.numpy()
+    stored = packed.contiguous().numpy().view(np.uint8), scales.float().contiguous().numpy(), _NONE, offsets.numpy()
     arguments = (*stored, bits, False, group_size, _integers(bits, group_size))
     return _rows(_group_rows, rows, count * group_size, scales.dtype, arguments)
 
@@ -95,7 +95,8 @@ def e4m3_rows(weight: Tensor, scales: Tensor, block: tuple[int, int], dtype: tor
     """`e4m3` on the CPU."""
     rows, columns = weight.shape
     _check_shape("scales", scales, (-(-rows // block[0]), -(-columns // block[1])))
-    arguments = (weight.contiguous().view(torch.uint8).numpy(), scales.float().numpy(), *block, E4M3.numpy())
+    stored = weight.contiguous().view(torch.uint8).numpy(), scales.float().contiguous().numpy()
+    arguments = (*stored, *block, E4M3.numpy())
     return _rows(_byte_rows, rows, columns, dtype or scales.dtype, arguments)
 
 
@@ -108,7 +109,8 @@ def int8_rows(weight: Tensor, scales: Tensor) -> Rows | None:
     _check_shape("scales", scales, (rows, 1))
     if scales.dtype != torch.bfloat16 or columns < len(_SIGNED):
         return None
-    arguments = (weight.contiguous().view(torch.uint8).numpy(), scales.float().numpy(), 1, columns, _SIGNED)
+    stored = weight.contiguous().view(torch.uint8).numpy(), scales.float().contiguous().numpy()
+    arguments = (*stored, 1, columns, _SIGNED)
     return _rows(_byte_rows, rows, columns, scales.dtype, arguments)
 
 

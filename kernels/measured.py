@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ WORTH = 0.05  # torch waits for all threads at the end of a product, which the t
 SHAPE = (512, 1024)  # of the weight that it is timed with
 MANY = 1 << 30
 ROUNDS = 5
+LONG = 0.02  # seconds
 _clock = time.process_time if time.get_clock_info("process_time").resolution < 1e-5 else time.perf_counter
 _LOCK = threading.RLock()  # measuring one thing may ask for another
 
@@ -49,11 +51,13 @@ def most_tokens(
         saved = [a * (1 - WORTH) - b for a, b in zip(found[: len(timed)], found[len(timed) :], strict=True)]
         return next((tokens - 1 for tokens in range(1, SIZES[-1] + 1) if _between(timed, saved, tokens) > 0), MANY)
 
-    return int(_remembered(f"{layout}, 2**{(shape[0] * shape[1]).bit_length()} weights, from 1 token", measure))
+    size = f"2**{(shape[0] * shape[1]).bit_length()} weights, {', '.join(map(str, timed))} tokens"
+    return int(_remembered(f"{layout}, {size}", measure))
 
 
 def _between(timed: tuple[int, ...], found: list[float], tokens: int) -> float:
-    """What there would be for so many tokens, of what was found for those that were timed."""
+    """What there would be for so many tokens, of what was found for those that were timed; for fewer, the first."""
+    tokens = max(tokens, timed[0])
     last = next((i for i, size in enumerate(timed[1:-1], 1) if tokens <= size), len(timed) - 1)
     (few, more), (low, high) = timed[last - 1 : last + 1], found[last - 1 : last + 1]
     return low + (high - low) * (tokens - few) / (more - few)
@@ -78,17 +82,25 @@ def _torch_seconds(dtype: torch.dtype, tokens: int) -> tuple[float, float]:
 
 
 def _seconds(*functions: Callable[[], Any]) -> list[float]:
-    """The least of each, which take turns; of all threads, where that is known: to wait for a core does not count."""
+    """The median of each, which take turns; of all threads, where that is known: to wait for a core does not count."""
     found: list[list[float]] = [[] for _ in functions]
     with torch.no_grad():
-        for function in functions:
-            function()
+        counts = [_calls(function) for function in functions]
         for _ in range(ROUNDS):
-            for function, times in zip(functions, found, strict=True):
+            for function, count, times in zip(functions, counts, found, strict=True):
                 begin = _clock()
-                function()
-                times.append(_clock() - begin)
-    return [min(times) for times in found]
+                for _ in range(count):
+                    function()
+                times.append((_clock() - begin) / count)
+    return [statistics.median(times) for times in found]
+
+
+def _calls(function: Callable[[], Any]) -> int:
+    """How many of it are timed together: the system counts what other threads take every 4 ms or less often."""
+    function()  # compiles
+    begin = time.perf_counter()
+    function()
+    return max(1, round(LONG / max(1e-6, time.perf_counter() - begin)))
 
 
 def _remembered(name: str, measure: Callable[[], Any]) -> Any:

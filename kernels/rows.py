@@ -19,8 +19,8 @@ from compress.kernels import simd
 from compress.kernels.simd import constant, f32, i32, integer, load, vector
 
 BFLOAT16_DROPPED = 16  # bits of a float32 that bfloat16 has not
-TOGETHER = 48  # rows that lie in a core's second cache, while all tokens are multiplied with them
 TILE = (6, 4)  # rows and tokens whose sums are in registers
+TOGETHER = 48  # rows, whole tiles, that lie in a core's second cache while all tokens are multiplied with them
 PAIRS = 32  # bfloat16 numbers in a vector
 
 
@@ -39,6 +39,11 @@ class Rows:
     made: torch.dtype
     arguments: tuple[Any, ...]
     near: Rows | None = None
+
+    @property
+    def name(self) -> str:
+        """Of what takes the same time for each weight."""
+        return str(self.loop.__name__).strip("_")
 
     @property
     def whole(self) -> Tensor:
@@ -83,7 +88,7 @@ def _product_rows(height: int, width: int) -> Any:
     @jit
     def rows_of(start, stop, decode, arguments, columns, x, out):  # type: ignore[no-untyped-def]
         tokens, padded = x.shape
-        block = np.zeros((TOGETHER + height, padded), np.uint16)
+        block = np.zeros((TOGETHER, padded), np.uint16)
         found = np.empty((width, height), np.float32)
         codes, inputs, size = block.reshape(-1).view(np.uint8), x.reshape(-1).view(np.uint8), 2 * padded
         for part in range(start, stop):

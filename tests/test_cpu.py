@@ -428,6 +428,7 @@ def test_the_sizes_between_those_that_are_timed_are_interpolated(
     monkeypatch.setattr(measured, "_seconds", lambda *functions: [*times, *others])
     monkeypatch.setattr(measured, "WORTH", 0.0)
     assert measured.most_tokens("", (1, 8), torch.sum, torch.sum) == limit
+    assert measured._between((16, 64, 256), [-1, -6, -20], 1) == -1  # fewer are not guessed
 
 
 @pytest.mark.parametrize(("part", "limit"), [(0.96, measured.MANY), (0.94, 0)])

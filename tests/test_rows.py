@@ -125,6 +125,32 @@ def test_small_scales_of_8_bit_floats_too() -> None:
         assert torch.equal(found.view(torch.int16), wanted.view(torch.int16))
 
 
+def test_scales_may_lie_in_memory_in_any_order() -> None:
+    torch.manual_seed(0)
+    codes = torch.randn(64, 512).to(torch.float8_e4m3fn)
+    for scales, block in ((torch.rand(16, 64).t() + 0.5, (1, 32)), (torch.rand(64, 2)[:, :1] + 0.5, (1, 512))):
+        for dtype in (torch.bfloat16, torch.float32):
+            found, wanted = (f(codes, scales, block, dtype) for f in (decode.e4m3, decode.e4m3_torch))
+            assert torch.equal(found, wanted)
+    packed = bitpack.pack(torch.randint(0, 16, (64, 512), dtype=torch.uint8), 4)
+    scales = (torch.rand(16, 64).t() + 0.5).bfloat16()
+    found, wanted = (f(packed, scales, None, 4, 32) for f in (decode.groups, decode.groups_torch))
+    assert torch.equal(found, wanted)
+
+
+def test_inputs_of_another_width_are_refused_and_sums_do_not_take_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "LEAST", 1)
+    monkeypatch.setattr(cpu, "_MOST_SUMS", 4 * 70 * 100)
+    monkeypatch.setattr(Rows, "takes", lambda *_: True)
+    monkeypatch.setattr(measured, "most_tokens", lambda *_: measured.MANY)
+    scheme, tensors = stored("fp8", (70, 256))
+    with pytest.raises(ValueError, match="x: 128 columns, and the weight has 256"):
+        scheme.linear(gaussian(4, 128), tensors)
+    x, bias = gaussian(250, 256), gaussian(70)
+    wanted = F.linear(x.double(), scheme.decode(tensors).double(), bias.double())
+    assert error(scheme.dense(x, tensors, bias), wanted) < 0.01
+
+
 @jit
 def _fail(start, stop, out):  # type: ignore[no-untyped-def]
     if stop > 1:
