@@ -101,6 +101,6 @@ def _tokenizer(model: Path) -> Any:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"{model}: no tokenizer that loads, which calibration needs (--set method=rtn without --target-size does "
-            f"not): {reason}"
+            f"{model}: no tokenizer that loads, which calibration needs (--set method=rtn does without, but for a "
+            f"--target-size): {reason}"
         ) from error
