@@ -118,10 +118,9 @@ def dense(x: Tensor, shape: tuple[int, int], rows: Callable[[slice], Tensor], bi
         ways = (part.product, lambda x: _in_parts(x, part.shape, part, None))
         if len(flat) <= measured.most_tokens(f"{_IN_CACHE} by {rows.name}", part.shape, *ways, _TIMED):
             y = x.new_empty(len(flat), height)
-            step = max(_TIMED[1], _MOST_SUMS // (4 * height))
-            for first in range(0, len(flat), step):
-                sums = rows.product(flat[first : first + step])
-                y[first : first + step] = sums if bias is None else sums.add_(bias)
+            for first in range(0, len(flat), _TIMED[-1]):  # as many as were timed, which lie in a cache too
+                sums = rows.product(flat[first : first + _TIMED[-1]])
+                y[first : first + _TIMED[-1]] = sums if bias is None else sums.add_(bias)
             return y.view(*x.shape[:-1], height)
     return _in_parts(flat, shape, rows, bias).view(*x.shape[:-1], height)
 
@@ -141,7 +140,6 @@ def _in_parts(x: Tensor, shape: tuple[int, int], rows: Callable[[slice], Tensor]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _IN_CACHE = "rows that are decoded and multiplied in a cache"
-_MOST_SUMS = 1 << 27  # bytes, which are float32 until they are rounded
 _TIMED_ROWS, _TIMED = 4096, (16, 64, 256)  # of these, and tokens
 _AT_ONCE = 1 << 23  # bytes of rows that are decoded at a time, in the dtype that they are multiplied in
 

@@ -138,9 +138,11 @@ def test_scales_may_lie_in_memory_in_any_order() -> None:
     assert torch.equal(found, wanted)
 
 
-def test_inputs_of_another_width_are_refused_and_sums_do_not_take_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inputs_of_another_width_are_refused_and_many_tokens_are_multiplied_in_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(cpu, "LEAST", 1)
-    monkeypatch.setattr(cpu, "_MOST_SUMS", 4 * 70 * 100)
+    monkeypatch.setattr(cpu, "_TIMED", (16, 64, 100))
     monkeypatch.setattr(Rows, "takes", lambda *_: True)
     monkeypatch.setattr(measured, "most_tokens", lambda *_: measured.MANY)
     scheme, tensors = stored("fp8", (70, 256))
