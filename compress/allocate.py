@@ -36,8 +36,15 @@ def allocate(sets: Sequence[Sequence[Option]], room: int) -> list[int]:
         number, option = step
         left -= sets[number][option].bytes - sets[number][chosen[number]].bytes
         chosen[number] = option
-    alike = ([option] * len(sets) for option in range(min(map(len, sets), default=0)))
-    return min([chosen, *(same for same in alike if _bytes(sets, same) <= room)], key=lambda c: loss(sets, c))
+    same = uniform(sets, room)
+    return min([chosen, *([] if same is None else [[same] * len(sets)])], key=lambda c: loss(sets, c))
+
+
+def uniform(sets: Sequence[Sequence[Option]], room: int) -> int | None:
+    """The number that loses least where all sets take it; None where none fits."""
+    alike = ([number] * len(sets) for number in range(min(map(len, sets), default=0)))
+    fitting = [same for same in alike if _bytes(sets, same) <= room]
+    return min(fitting, key=lambda same: loss(sets, same))[0] if fitting else None
 
 
 def loss(sets: Sequence[Sequence[Option]], chosen: Sequence[int]) -> float:

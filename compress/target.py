@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compress import fisher, gptq, sizes
-from compress.allocate import Option, allocate, loss
+from compress.allocate import Option, allocate, loss, uniform
 from compress.blocks import Blocks
 from compress.candidates import Candidate
 from compress.fold import fused
@@ -183,16 +183,16 @@ class Target:
         names = [Candidate.of(candidate, shared).text for candidate in self.prepared.candidates]
         taken = [names[number] for modules, number in zip(self.sets.values(), chosen, strict=True) for _ in modules]
         size = sum(option[number].bytes for option, number in zip(options, chosen, strict=True))
-        alike = [[number] * len(options) for number in range(len(names))]
-        fitting = [same for same in alike if sum(o[same[0]].bytes for o in options) <= room]
-        best = min(fitting, key=lambda same: loss(options, same), default=None)
+        same = uniform(options, room)
         report = {
             "bytes": self.asked,
             "candidates": names,
             "weights": {name: taken.count(name) for name in names},
             "bits_per_weight": 8 * size / sum(line["values"] for line in lines.values()),
             "predicted_kl": loss(options, chosen),
-            "uniform": best and {"candidate": names[best[0]], "predicted_kl": loss(options, best)},
+            "uniform": None
+            if same is None
+            else {"candidate": names[same], "predicted_kl": loss(options, [same] * len(options))},
         }
         return {"chosen": chosen, "report": report, "note": self._note()}
 

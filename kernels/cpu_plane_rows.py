@@ -85,10 +85,11 @@ class _Rows:
             builder.store(simd.total(builder, builder.load(place)), builder.gep(self.out, [integer(r)]))
 
     def _store(self, weights: Any, at: Any) -> None:
-        builder, target = self.builder, self.builder.gep(self.out, [at])
+        builder = self.builder
         if self.form.gives == WORDS:
             halves = [simd.shuffle(builder, weights, range(i, i + 16)) for i in range(0, self.form.lanes, 16)]
             weights = simd.bfloat16(builder, halves)
+        target = builder.gep(builder.bitcast(self.out, weights.type.element.as_pointer()), [at])
         builder.store(weights, builder.bitcast(target, weights.type.as_pointer()), align=1)
 
     def _scales(self, number: Any) -> list[Any]:

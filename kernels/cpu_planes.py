@@ -48,7 +48,7 @@ def loop(planes: int, exact: bool) -> Any:
     arguments are the stack of `product`, with v as `interleaved` gives it where it is exact."""
     if exact or not simd.has_dots():
         return _dense_rows(Form(planes, simd.lanes(), EXACT if exact else FUSED, WEIGHTS))
-    return _word_rows(Form(planes, simd.lanes(), PAIRED, WORDS))
+    return _dense_rows(Form(planes, simd.lanes(), PAIRED, WORDS))
 
 
 def _sums() -> int:
@@ -82,42 +82,26 @@ def _once(x: Any, width: int) -> Any:
 
 @cache
 def _dense_rows(form: Form) -> Any:
-    text = " ".join(map(str, form))
+    text, in_pairs, gives_words = " ".join(map(str, form)), form.sums == PAIRED, form.gives == WORDS
 
     @jit
-    def rows_of(start, stop, base, columns, out, dropped, addresses, u, v, levels, floor, largest):  # type: ignore[no-untyped-def]
+    def bit_planes(start, stop, base, columns, out, dropped, addresses, u, v, levels, floor, largest):  # type: ignore[no-untyped-def]
         width = (columns + 7) // 8 * 8
-        found = np.empty((ROWS, width), np.float32)
-        left = np.empty(ROWS * u.shape[1], np.uint32)
-        factors = (addresses, left, v.reshape(-1), levels, levels, found.reshape(-1))
+        found, left = np.empty(ROWS * width, np.float32), np.empty(ROWS * u.shape[1], np.uint32)
+        words, factors = found.view(np.uint16), (addresses, left, v.reshape(-1), levels, levels, found)
         for row in range(base + start, base + stop, ROWS):
-            count = _fill(u, row, base + stop, False, left)
+            count = _fill(u, row, base + stop, in_pairs, left)
             plane_rows((floor, largest), factors, (row, base + stop, count, width), text)
             for r in range(min(ROWS, base + stop - row)):
-                store(found[r, :columns], out[row - base + r, :columns], dropped)
+                line = out[row - base + r, :columns]
+                if gives_words:
+                    part = words[r * width : r * width + columns]
+                    for i in range(columns):  # an assignment of arrays is no loop of vectors
+                        line[i] = part[i]
+                else:
+                    store(found[r * width : r * width + columns], line, dropped)
 
-    return rows_of
-
-
-@cache
-def _word_rows(form: Form) -> Any:
-    text = " ".join(map(str, form))
-
-    @jit
-    def rows_of(start, stop, base, columns, out, dropped, addresses, u, v, levels, floor, largest):  # type: ignore[no-untyped-def]
-        width = (columns + 7) // 8 * 8
-        found = np.empty((ROWS, width), np.uint16)
-        left = np.empty(ROWS * u.shape[1], np.uint32)
-        factors = (addresses, left, v.reshape(-1), levels, levels, found.reshape(-1))
-        for row in range(base + start, base + stop, ROWS):
-            count = _fill(u, row, base + stop, True, left)
-            plane_rows((floor, largest), factors, (row, base + stop, count, width), text)
-            for r in range(min(ROWS, base + stop - row)):
-                words, line = found[r, :columns], out[row - base + r, :columns]
-                for i in range(columns):  # an assignment of arrays is no loop of vectors
-                    line[i] = words[i]
-
-    return rows_of
+    return bit_planes
 
 
 @cache
